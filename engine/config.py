@@ -1,0 +1,391 @@
+"""Everything a run can be told, as frozen dataclasses; the command line is generated from them.
+
+Defaults that the paper does not give are *our reading* (method reference, sections 2.2 and 3.4); their
+names are in `NOT_KNOWN_FROM_PAPER` and travel with every run record. A value that no run could use is
+refused here, before any data is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import UsageError
+
+MethodName = Literal["ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus"]
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise UsageError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from."""
+
+    name: Literal["cifar10", "cifar100", "fashion_mnist", "folder", "synthetic"] = "cifar100"
+    """Data set."""
+    root: str | None = None
+    """Folder that holds the data; absent: the environment variable DFPTKD_DATA."""
+    limit: int | None = None
+    """Use at most this many images of each split, drawn evenly over the classes."""
+    train_limit: int | None = None
+    """Use at most this many training images, drawn evenly over the classes: a user with few labels."""
+    image_size: int = 224
+    """Side of the square crop, in pixels (folder and synthetic data; the others have their own size)."""
+    num_classes: int = 100
+    """Number of classes of synthetic data; the others count their own."""
+    crop_padding: int | None = None
+    """Zero padding in pixels of the random crop of CIFAR-size images; absent: 4, Fashion-MNIST 2."""
+    flip: bool = True
+    """Flip half of the training images left to right."""
+    workers: int = 2
+    """Decoding processes (image folders only)."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "train_limit"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"data.{name}", value, "a positive number of images")
+        _require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
+        _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Shape of the prompt and fusion blocks (*our reading* unless said otherwise)."""
+
+    r1: int = 4
+    """Channel reduction of the first 1x1 convolution: inner width m = max(C / r1, min_width)."""
+    r2: float = 0.25
+    """Share of the m channels that a partial convolution touches (FasterNet's value; 1 = ordinary)."""
+    kernels: tuple[int, ...] = (3, 5, 7)
+    """Kernel sizes of the partial convolutions, odd."""
+    arrangement: Literal["sequential", "parallel"] = "sequential"
+    """Scales one after the other, or summed."""
+    min_width: int = 8
+    """Floor of the inner width m; 1 switches it off."""
+    prompt_norm: Literal["bn", "none"] = "bn"
+    """Normalisation after each 1x1 convolution of the prompt block."""
+    prompt_act: Literal["relu", "none"] = "relu"
+    """Activation after each normalisation but the last."""
+    fusion: bool = True
+    """Off: the next stage reads x + P(x) itself. The paper's summary calls this a failure."""
+    fusion_norm: Literal["bn", "none"] = "bn"
+    """Normalisation after the fusion convolution."""
+    fusion_act: Literal["auto", "relu", "none"] = "auto"
+    """auto: ReLU where the teacher's stage ends in one."""
+    fusion_groups: int = 1
+    """Groups of the fusion convolution; 4 keeps wide teachers under the 10 % line."""
+    init: Literal["random", "identity"] = "random"
+    """identity makes the prompt path equal the teacher at step 0, which the method must not do."""
+    insert_stages: tuple[int, ...] | Literal["all"] = "all"
+    """Stages (from 1) that get a prompt and a fusion block."""
+    bn_mode: Literal["auto", "train", "eval"] = "auto"
+    """BatchNorm of the prompt path's backbone: auto = eval when frozen, train when fine-tuned."""
+
+    def __post_init__(self) -> None:
+        _require(self.r1 >= 1, "prompt.r1", self.r1, "an integer of at least 1")
+        _require(0 < self.r2 <= 1, "prompt.r2", self.r2, "a share in (0, 1]")
+        _require(
+            len(self.kernels) > 0 and all(k > 0 and k % 2 == 1 for k in self.kernels),
+            "prompt.kernels", self.kernels, "one or more odd sizes",
+        )  # fmt: skip
+        _require(self.min_width >= 1, "prompt.min_width", self.min_width, "an integer of at least 1")
+        _require(self.fusion_groups >= 1, "prompt.fusion_groups", self.fusion_groups, "at least 1")
+        stages = self.insert_stages
+        _require(
+            stages == "all"
+            or (len(stages) > 0 and len(set(stages)) == len(stages) and all(s >= 1 for s in stages)),
+            "prompt.insert_stages", stages, "'all' or different stage numbers from 1",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The pre-trained network."""
+
+    name: str = "cifar:wrn_40_2"
+    """Model name: cifar:..., torchvision:..., timm:..., imagenet:..."""
+    weights: str | None = None
+    """File, torchvision weights enum or `pretrained` for timm; absent: newest train-teacher run."""
+    stages: tuple[str, ...] | None = None
+    """Module paths whose outputs end a stage, for a model that has no stages of its own."""
+    expected_top1: float | None = None
+    """Top-1 accuracy in percent that the recipe counts on; 2 points less gives a warning."""
+    epochs: int = 240
+    """train-teacher: passes over the training set."""
+    lr: float = 0.05
+    """train-teacher: learning rate at `global_batch`."""
+    global_batch: int = 64
+    """train-teacher: images in an optimisation step."""
+    train_if_missing: bool = False
+    """Train the teacher first where there is none, in place of an error (the quick start)."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "teacher.epochs", self.epochs, "an integer of at least 1")
+        _require(self.lr > 0, "teacher.lr", self.lr, "a learning rate above 0")
+        _require(self.global_batch >= 1, "teacher.global_batch", self.global_batch, "at least 1")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms (the paper's values are not known to us)."""
+
+    tau: float = 4.0
+    """Temperature of every KL term."""
+    student_ce: float = 1.0
+    """w_ce: labels to student."""
+    student_teacher: float = 1.0
+    """alpha: original path to student."""
+    student_prompt: float = 1.0
+    """beta: prompt path to student."""
+    prompt_ce: float = 1.0
+    """v_ce: labels to prompt path."""
+    prompt_teacher: float = 1.0
+    """lambda_T: original path to prompt path."""
+    prompt_student: float = 1.0
+    """lambda_S: student to prompt path ("reversed supervision")."""
+    mixture_control: bool = False
+    """Control arm: no prompt modules; the student learns from the mixture that an unconstrained
+    prompt path would reach, (lambda_T p_T + lambda_S p_S) / (lambda_T + lambda_S)."""
+    kd_ce: float = 0.1
+    """kd: weight of the cross-entropy (mdistiller, RepDistiller)."""
+    kd_kl: float = 0.9
+    """kd: weight of the KL term (mdistiller, RepDistiller)."""
+    dkd_ce: float = 1.0
+    """dkd: weight of the cross-entropy."""
+    dkd_alpha: float = 1.0
+    """dkd: weight of the target-class part."""
+    dkd_beta: float = 8.0
+    """dkd: weight of the non-target part."""
+    dist_ce: float = 1.0
+    """dist: weight of the cross-entropy."""
+    dist_inter: float = 2.0
+    """dist: weight of the inter-class (row) correlation."""
+    dist_intra: float = 2.0
+    """dist: weight of the intra-class (column) correlation."""
+    label_smoothing: float = 0.0
+    """Label smoothing of every cross-entropy."""
+    reverse_kl: bool = False
+    """KL(learner || supervisor) in place of KL(supervisor || learner)."""
+    warmup_epochs: float = 0.0
+    """Distillation terms grow linearly from 0 over this many epochs."""
+    update: Literal["simultaneous", "alternating"] = "simultaneous"
+    """alternating: even steps move the student, odd steps the prompt path."""
+
+    def __post_init__(self) -> None:
+        _require(self.tau > 0, "loss.tau", self.tau, "a temperature above 0")
+        _require(
+            0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "in [0, 1)"
+        )
+        _require(self.warmup_epochs >= 0, "loss.warmup_epochs", self.warmup_epochs, "0 or more")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, float):
+                _require(value >= 0, f"loss.{name}", value, "0 or more")
+        _require(
+            not self.mixture_control or self.prompt_teacher + self.prompt_student > 0,
+            "loss.mixture_control", True, "prompt_teacher or prompt_student above 0",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule; learning rates refer to the global batch."""
+
+    name: Literal["sgd"] = "sgd"
+    """Optimiser."""
+    lr: float = 0.05
+    """Learning rate of the student at `global_batch`."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every trained parameter."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """step: times `gamma` after each milestone."""
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    """Shares of the run after which the learning rate falls: epochs 150, 180, 210 of 240."""
+    gamma: float = 0.1
+    """Factor at a milestone."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up of the learning rate, in epochs."""
+    prompt_lr_scale: float = 1.0
+    """Learning rate of prompt, fusion and head over the student's. *Our reading*."""
+    backbone_lr_scale: float = 0.01
+    """dfpt_plus: learning rate of the copied backbone over that of the prompt blocks. *Our reading*
+    of the paper's "minimal"."""
+    clip_grad_norm: float | None = None
+    """Largest gradient norm over all trained parameters."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the student, which is then evaluated beside it."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "a learning rate above 0")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(
+            list(self.milestones) == sorted(self.milestones) and all(0 < m < 1 for m in self.milestones),
+            "optim.milestones", self.milestones, "ascending shares of the run, each in (0, 1)",
+        )  # fmt: skip
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(self.prompt_lr_scale > 0, "optim.prompt_lr_scale", self.prompt_lr_scale, "above 0")
+        _require(
+            self.backbone_lr_scale > 0, "optim.backbone_lr_scale", self.backbone_lr_scale, "above 0"
+        )
+        _require(
+            self.clip_grad_norm is None or self.clip_grad_norm > 0,
+            "optim.clip_grad_norm", self.clip_grad_norm, "above 0",
+        )  # fmt: skip
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "optim.ema_decay", self.ema_decay, "in (0, 1)",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, complete."""
+
+    recipe: str = "custom"
+    """Name of the recipe, part of the output folder's name."""
+    arm: str | None = None
+    """Named variation of the recipe that this is (`--arm`); part of the output folder's name."""
+    role: Literal["student", "teacher"] = "student"
+    """What the trained network is for: `teacher` in the runs of train-teacher."""
+    method: MethodName = "dfpt"
+    """ce: labels only. kd, dkd, dist: the usual rivals. dfpt, dfpt_plus: dual-forward-path teacher."""
+    student: str = "cifar:ShuffleV1"
+    """Model name of the student."""
+    student_weights: str | None = None
+    """File or enum of weights that the student starts from."""
+    seed: int = 0
+    """Seed of initialisation, sample order and augmentation."""
+    seeds: tuple[int, ...] | None = None
+    """Several runs, one after the other, one for each seed."""
+    epochs: int = 240
+    """Passes over the training set."""
+    global_batch: int = 64
+    """Images in an optimisation step, whatever the number of devices and of accumulated parts."""
+    accumulate: int = 1
+    """Parts that a batch is cut into to save memory."""
+    eval_batch: int = 256
+    """Images in an evaluation step."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    max_steps: int | None = None
+    """Stop after this many steps, evaluate and save."""
+    device: str | None = None
+    """cpu or cuda; absent: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on CPU; fp16 with gradient scaling."""
+    deterministic: bool = False
+    """Deterministic algorithms only: two runs give the same bits."""
+    out: str | None = None
+    """Output folder; absent: <output root>/<recipe>-<method>-seed<N>."""
+    out_root: str = "runs"
+    """Output root."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint in the output folder; never: refuse a folder that holds
+    one; a path: go on from that checkpoint."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept beside the best one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs", "global_batch", "accumulate", "eval_batch", "eval_every", "checkpoint_every",
+            "keep_checkpoints",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _require(
+            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1"
+        )
+        _require(
+            self.global_batch % self.accumulate == 0,
+            "accumulate", self.accumulate, f"a divisor of global_batch={self.global_batch}",
+        )  # fmt: skip
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.seeds is not None:
+            _require(
+                len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0,
+                "seeds", self.seeds, "different numbers of 0 or more",
+            )  # fmt: skip
+        if self.loss.mixture_control:
+            _require(
+                self.method == "dfpt", "loss.mixture_control with method", self.method, "method 'dfpt'"
+            )
+
+    @property
+    def has_prompt_path(self) -> bool:
+        """Whether the run trains prompt blocks."""
+        return self.method in ("dfpt", "dfpt_plus") and not self.loss.mixture_control
+
+
+# Fields whose value the paper's summary leaves open: each run record lists those it used (M20).
+NOT_KNOWN_FROM_PAPER = (
+    "loss.tau", "loss.student_ce", "loss.student_teacher", "loss.student_prompt", "loss.prompt_ce",
+    "loss.prompt_teacher", "loss.prompt_student", "loss.reverse_kl", "loss.warmup_epochs", "loss.update",
+    "prompt.r1", "prompt.r2", "prompt.kernels", "prompt.arrangement", "prompt.min_width",
+    "prompt.prompt_norm", "prompt.prompt_act", "prompt.fusion_norm", "prompt.fusion_act",
+    "prompt.fusion_groups", "prompt.init", "prompt.insert_stages", "prompt.bn_mode",
+    "optim.prompt_lr_scale", "optim.backbone_lr_scale",
+)  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON data."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """The dataclass `cls` out of JSON data; an unknown key or a wrong type is a `UsageError`."""
+    if not isinstance(values, dict):
+        raise UsageError(f"{where or 'configuration'}: expected an object, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"unknown configuration key {where + key!r}: expected one of {sorted(known)}")
+    return cls(**{k: _coerce(hints[k], v, where + k) for k, v in values.items()})
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, name + ".")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for arg in args:
+            try:
+                return _coerce(arg, value, name)
+            except UsageError:
+                continue
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(args[0], v, name) for v in value)
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, hint):
+        return value
+    raise UsageError(f"{name}={value!r}: expected {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,66 @@
+"""`dfptkd eval`: the accuracy of a trained network, measured again from what lies on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import RunConfig, from_dict
+from .data import load_data
+from .errors import DataError
+from .export import read_source
+from .metrics import evaluate
+from .train import pick_device
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracies in percent."""
+
+    model: str
+    data: str
+    images: int
+    top1: float
+    top5: float
+    logged: float | None
+    """top-1 that the run logged at this step, if it evaluated there."""
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    root: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+    device: str | None = None,
+) -> EvalResult:
+    """Evaluate the network of a run folder or of a checkpoint folder in it.
+
+    Args:
+        path: Run folder, or `checkpoints/step-N` in one.
+        root: Folder of the data; absent: as the run had it.
+        limit: Most test images; absent: as the run had it.
+        batch_size: Images in a step.
+        device: cpu or cuda; absent: cuda where there is one.
+
+    Raises:
+        DataError: No trained network there, or the data set has other classes.
+    """
+    source = read_source(path)
+    config = from_dict(RunConfig, source.record.run["config"])
+    where = pick_device(dataclasses.replace(config, device=device))
+    options = {"root": root or config.data.root, "limit": limit or config.data.limit}
+    data = load_data(dataclasses.replace(config.data, **options), where)
+    if data.num_classes != source.data["num_classes"]:
+        raise DataError(
+            f"{path}: a network of {source.data['num_classes']} classes, "
+            f"{data.name} has {data.num_classes}: expected the run's own data set"
+        )
+    model = source.model().to(device=where, memory_format=torch.channels_last)  # type: ignore
+    accuracy = evaluate(model, data, batch_size=batch_size, workers=config.data.workers)
+    return EvalResult(
+        config.student, data.name, len(data.test), accuracy["top1"], accuracy["top5"], source.top1
+    )

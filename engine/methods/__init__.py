@@ -1,0 +1,45 @@
+"""Distillation methods, one a file; `build_method` makes one from a configuration."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..config import RunConfig
+from ..models.dual_path import DualPathTeacher
+from .base import Method, StepOutput
+from .cross_entropy import CrossEntropy
+from .dfpt import DualPathDistillation, MixtureControl
+from .dist import StrongTeacherDistillation
+from .dkd import DecoupledDistillation
+from .kd import KnowledgeDistillation
+
+__all__ = ["Method", "StepOutput", "build_method"]
+
+_FROZEN_TEACHER = {
+    "kd": KnowledgeDistillation,
+    "dkd": DecoupledDistillation,
+    "dist": StrongTeacherDistillation,
+}
+
+
+def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | None) -> Method:
+    """The method that `config` names, around a student and (but for `ce`) a pre-trained teacher.
+
+    The student must exist before this call: prompt modules draw from the random stream after it, so that a
+    student starts from the same weights under every method.
+    """
+    if config.method == "ce":
+        return CrossEntropy(student, config.loss)
+    if teacher is None:
+        raise TypeError(f"method {config.method!r} takes a teacher")
+    if config.method in _FROZEN_TEACHER:
+        return _FROZEN_TEACHER[config.method](student, teacher, config.loss)
+    if config.loss.mixture_control:
+        return MixtureControl(student, teacher, config.loss)
+    dual = DualPathTeacher(
+        teacher,
+        prompt=config.prompt,
+        finetune_backbone=config.method == "dfpt_plus",
+        at=config.teacher.stages,
+    )
+    return DualPathDistillation(student, dual, config.loss)

@@ -1,0 +1,86 @@
+"""What the trainer asks of a distillation method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LossConfig, OptimConfig
+
+
+@dataclass
+class StepOutput:
+    """Result of one forward pass of a method."""
+
+    total: Tensor
+    """0-d, what backward starts from."""
+    terms: dict[str, Tensor]
+    """Unweighted mean of each loss term, 0-d, detached."""
+    student_correct: Tensor
+    """0-d int64."""
+    prompt_correct: Tensor | None = None
+    """0-d int64; None without a prompt path."""
+
+
+class Method(nn.Module):
+    """A student, what teaches it, and their losses.
+
+    A method is called with normalised images [B, 3, H, W], labels int64 [B] and `distillation`, the factor in
+    [0, 1] by which the warm-up scales every term that is no label cross-entropy.
+    """
+
+    term_names: tuple[str, ...] = ()
+
+    def __init__(self, student: nn.Module, loss: LossConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+
+    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
+        """One forward pass of every network and all loss terms."""
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def prompt_logits(self, images: Tensor) -> Tensor | None:
+        """Logits [B, C] of the prompt path; None for a method that has none."""
+        return None
+
+    def teacher_logits(self, images: Tensor) -> Tensor | None:
+        """Logits [B, C] of the frozen teacher, without a graph; None for a method that has none."""
+        return None
+
+    def parameter_groups(self, optim: OptimConfig) -> list[dict]:
+        """Optimiser groups; each has a `name` and its own learning rate."""
+        return [{"name": "student", "params": list(self.student.parameters()), "lr": optim.lr}]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name; the frozen teacher is not part of it."""
+        return {f"student.{k}": v for k, v in self.student.state_dict().items()}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `trained_state`; missing or unknown names raise RuntimeError."""
+        self.student.load_state_dict(below("student.", state))
+
+
+class FrozenTeacherMethod(Method):
+    """A method whose teacher only supplies logits."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, loss: LossConfig) -> None:
+        super().__init__(student, loss)
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenTeacherMethod:
+        """Training mode for the student alone."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def teacher_logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.teacher(images)
+
+
+def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries under `prefix`, with it taken off."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,0 +1,186 @@
+"""Figures of a run: running means of an epoch, and what an evaluation says of all paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import normalize_images
+from ..kernels.dual_path_loss import kl_rows, upcast
+from .data import Batch, ImageData, test_batches
+from .methods import Method, StepOutput
+from .methods.dfpt import DualPathDistillation
+from .methods.dkd import decoupled_kl
+
+
+class EpochMeter:
+    """Means over the steps of an epoch, kept on the device so that no step waits for them."""
+
+    def __init__(self, term_names: tuple[str, ...], device: torch.device) -> None:
+        self.term_names = term_names
+        # total, terms..., images, student hits, prompt hits; fp64 keeps counts exact
+        self.sums = torch.zeros(len(term_names) + 4, dtype=torch.float64, device=device)
+
+    def add(self, output: StepOutput, num_images: int) -> None:
+        """Count one step of `num_images` images."""
+        losses = [output.total.detach(), *(output.terms[name] for name in self.term_names)]
+        prompt = output.prompt_correct
+        hits = [output.student_correct, output.student_correct * 0 if prompt is None else prompt]
+        row = torch.stack([x.double() for x in losses]) * num_images
+        self.sums += torch.cat([row, row.new_full((1,), num_images), torch.stack(hits).double()])
+
+    def reset(self) -> None:
+        """Start a new epoch."""
+        self.sums.zero_()
+
+    def read(self, has_prompt_path: bool) -> dict[str, float]:
+        """Means so far, by the column names of metrics.csv (waits for the device)."""
+        total, *rest = self.sums.tolist()
+        *terms, images, student_hits, prompt_hits = rest
+        images = max(images, 1.0)
+        row = {"loss/total": total / images}
+        row |= {f"loss/{n}": t / images for n, t in zip(self.term_names, terms, strict=True)}
+        row["train/student_top1"] = 100 * student_hits / images
+        if has_prompt_path:
+            row["train/prompt_top1"] = 100 * prompt_hits / images
+        return row
+
+
+def hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """0-d int64: rows of logits [B, C] whose k largest contain the label [B]."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels[:, None]).any(dim=1).sum()
+
+
+Normalise = Callable[[Batch], Tensor]
+
+
+def normaliser(data: ImageData, dtype: torch.dtype = torch.float32) -> Normalise:
+    """uint8 batch -> normalised images [B, 3, H, W], channels_last, cropped and flipped as the batch says."""
+
+    def normalise(batch: Batch) -> Tensor:
+        return normalize_images(
+            batch.images, data.mean, data.std, dtype=dtype, crop=batch.crop, flip=batch.flip
+        )
+
+    return normalise
+
+
+@torch.no_grad()
+def predict(
+    model: Callable[[Tensor], Tensor], data: ImageData, *, batch_size: int, workers: int = 0
+) -> Tensor:
+    """Logits [N, C], fp32, of the test split in its order."""
+    normalise = normaliser(data)
+    batches = test_batches(data.test, batch_size=batch_size, workers=workers)
+    return torch.cat([model(normalise(batch)).float() for batch in batches])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Top-1 and top-5 in percent."""
+    labels = labels.to(logits.device)
+    return tuple(100 * hits(logits, labels, k).item() / len(labels) for k in (1, 5))  # type: ignore
+
+
+def evaluate(
+    model: nn.Module, data: ImageData, *, batch_size: int = 256, workers: int = 0
+) -> dict[str, float]:
+    """Accuracy of one network on the test split, every image counted once.
+
+    Returns:
+        `top1` and `top5`, in percent.
+    """
+    was_training = model.training
+    model.eval()
+    top1, top5 = accuracy(
+        predict(model, data, batch_size=batch_size, workers=workers), data.test.labels
+    )
+    model.train(was_training)
+    return {"top1": top1, "top5": top5}
+
+
+class Evaluator:
+    """Evaluates all paths of a method; the frozen teacher's test logits are computed once."""
+
+    def __init__(self, method: Method, data: ImageData, *, batch_size: int, workers: int) -> None:
+        self.method, self.data = method, data
+        self.options = {"batch_size": batch_size, "workers": workers}
+        self.teacher_logits: Tensor | None = None
+
+    def teacher(self) -> dict[str, float] | None:
+        """top1 and top5 of the original path, in percent; None for a method without teacher."""
+        if self.method.term_names == ("ce",):
+            return None
+        self.method.eval()
+        self.teacher_logits = predict(self.method.teacher_logits, self.data, **self.options)  # type: ignore
+        self.method.train()
+        top1, top5 = accuracy(self.teacher_logits, self.data.test.labels)
+        return {"top1": top1, "top5": top5}
+
+    def __call__(self, ema: nn.Module | None = None) -> dict[str, float]:
+        """One row of test columns of metrics.csv (M22, M47)."""
+        method, labels = self.method, self.data.test.labels
+        method.eval()
+        student = predict(method.student, self.data, **self.options)
+        row = _accuracy_columns("student", student, labels)
+        if ema is not None:
+            ema.eval()
+            averaged = predict(ema, self.data, **self.options)
+            row["test/ema_top1"] = accuracy(averaged, labels)[0]
+        prompt = None
+        if isinstance(method, DualPathDistillation):
+            with method.teacher.prompt_norms() as norms:
+                prompt = predict(method.prompt_logits, self.data, **self.options)
+            row |= _accuracy_columns("prompt", prompt, labels)
+            for stage, (ratio_sum, images) in norms.items():
+                row[f"prompt_norm/{stage}"] = (ratio_sum / images).item()
+        if self.teacher_logits is not None:
+            row |= _accuracy_columns("teacher", self.teacher_logits, labels)
+            row |= path_divergence(student, prompt, self.teacher_logits, labels, method.loss.tau)
+        method.train()
+        return row
+
+
+def path_divergence(
+    student: Tensor, prompt: Tensor | None, teacher: Tensor, labels: Tensor, tau: float
+) -> dict[str, float]:
+    """KL between the paths at temperature tau (without the factor tau^2), and its parts (M22).
+
+    Args:
+        student: Logits [N, C].
+        prompt: Logits [N, C] or None.
+        teacher: Logits [N, C].
+        labels: int64 [N].
+        tau: Temperature.
+
+    Returns:
+        `kl/<supervisor>_student`, its `_target` and `_nontarget` parts, which sum to it, and the mean
+        probability `prob/<supervisor>_target` of the true class, for teacher and prompt path;
+        `kl/teacher_prompt`.
+    """
+    labels = labels.to(student.device)
+    row: dict[str, float] = {}
+    for name, supervisor in (("teacher", teacher), ("prompt", prompt)):
+        if supervisor is None:
+            continue
+        parts = decoupled_kl(supervisor, student, labels, tau)
+        nontarget = (1 - parts.target_prob) * parts.nontarget
+        row[f"kl/{name}_student"] = _mean_kl(supervisor, student, tau)
+        row[f"kl/{name}_student_target"] = parts.target.mean().item()
+        row[f"kl/{name}_student_nontarget"] = nontarget.mean().item()
+        row[f"prob/{name}_target"] = parts.target_prob.mean().item()
+    if prompt is not None:
+        row["kl/teacher_prompt"] = _mean_kl(teacher, prompt, tau)
+    return row
+
+
+def _mean_kl(supervisor: Tensor, learner: Tensor, tau: float) -> float:
+    q, p = ((upcast(z) / tau).log_softmax(dim=1) for z in (supervisor, learner))
+    return kl_rows(q, p).mean().item()
+
+
+def _accuracy_columns(path: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    top1, top5 = accuracy(logits, labels)
+    return {f"test/{path}_top1": top1, f"test/{path}_top5": top5}

@@ -1,0 +1,121 @@
+"""Parameters and MACs of a dual-path teacher and of a training step, counted on meta tensors.
+
+MACs come from torch's FlopCounterMode (2 FLOP a MAC; convolutions and matrix products) on eager modules, so
+nothing is read, allocated or run. Formulas of a step (forward 1, input gradient 1, weight gradient 1):
+
+    ce          3 M_S
+    kd family   M_T + 3 M_S
+    dfpt        M_T + 3 M_S + 2 (M_T - M_A1 - M_H) + 3 M_phi      frozen stages: forward + input gradient
+    dfpt_plus   M_T + 3 M_S + 3 (M_T - M_H) + 3 M_phi             copied stages: all three
+
+*Our reading* of the paper, whose own cost table is not known to us.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import PromptConfig
+from .dual_path import DualPathTeacher
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one eval-mode forward pass on an input of `shape`."""
+    twin = copy.deepcopy(module).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(torch.empty(shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """Cost of a teacher and of what the prompt path adds to it; MACs for one image."""
+
+    teacher_params: int
+    teacher_macs: int
+    first_stage_macs: int
+    head_macs: int
+    prompt_params: int
+    fusion_params: int
+    new_head_params: int
+    added_macs: int
+
+    @property
+    def added_params(self) -> int:
+        """Parameters of prompt blocks, fusion blocks and the new head."""
+        return self.prompt_params + self.fusion_params + self.new_head_params
+
+    @property
+    def params_overhead_percent(self) -> float:
+        """Added parameters over the teacher's."""
+        return 100 * self.added_params / self.teacher_params
+
+    @property
+    def macs_overhead_percent(self) -> float:
+        """Added MACs over the teacher's forward pass."""
+        return 100 * self.added_macs / self.teacher_macs
+
+
+def teacher_cost(
+    teacher: nn.Module,
+    prompt: PromptConfig,
+    image_size: tuple[int, int],
+    *,
+    at: tuple[str, ...] | None = None,
+) -> TeacherCost:
+    """Count a teacher with the prompt path that `prompt` would give it; the teacher is not touched.
+
+    Args:
+        teacher: Classifier of [B, 3, H, W] images.
+        prompt: Shape of the blocks.
+        image_size: H, W in pixels.
+        at: Module paths that end a stage.
+    """
+    shape = (1, 3, *image_size)
+    dual = (
+        DualPathTeacher(copy.deepcopy(teacher).to("meta"), prompt=prompt, at=at).to("meta").eval()
+    )
+    with torch.no_grad():
+        x = dual.original.stages[0](torch.empty(shape, device="meta"))
+        first_stage_macs = count_macs(dual.original.stages[0], shape)
+        pair_macs = 0
+        for i, stage in enumerate(dual.original.stages, start=1):
+            x = stage(x) if i > 1 else x
+            if f"stage{i}" in dual.pairs:
+                pair_macs += count_macs(dual.pairs[f"stage{i}"], tuple(x.shape))
+        features = dual.original.neck(x)
+    head_macs = count_macs(dual.original.head, tuple(features.shape))
+    return TeacherCost(
+        teacher_params=count_params(teacher),
+        teacher_macs=count_macs(teacher, shape),
+        first_stage_macs=first_stage_macs,
+        head_macs=head_macs,
+        prompt_params=sum(count_params(pair.prompt) for pair in dual.pairs.values()),
+        fusion_params=sum(count_params(pair.fusion) for pair in dual.pairs.values()),
+        new_head_params=count_params(dual.head),
+        added_macs=pair_macs + head_macs,
+    )
+
+
+def training_macs(method: str, student_macs: int, cost: TeacherCost | None) -> int:
+    """MACs of one training step for one image, by the formulas at the top of this file."""
+    macs = 3 * student_macs
+    if method == "ce" or cost is None:
+        return macs
+    macs += cost.teacher_macs
+    if method == "dfpt":
+        frozen = cost.teacher_macs - cost.first_stage_macs - cost.head_macs
+        macs += 2 * frozen + 3 * cost.added_macs
+    elif method == "dfpt_plus":
+        macs += 3 * (cost.teacher_macs - cost.head_macs) + 3 * cost.added_macs
+    return macs

@@ -1,0 +1,611 @@
+"""What a run does, top to bottom.
+
+    data -> student -> teacher -> method -> (resume) -> epochs of steps, evaluation, checkpoint -> student file
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .alarms import (
+    fusion_warning,
+    overhead_warning,
+    saturates_early,
+    saturation_warning,
+    teacher_warning,
+)
+from .checkpoint import (
+    Checkpoint,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+    read_index,
+    restore_optimizer,
+    save_checkpoint,
+)
+from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
+from .data import ImageData, load_data, steps_per_epoch, train_batches
+from .errors import DataError, NumericError, Stopped, UsageError
+from .files import write_atomically
+from .log import RunLog, clock, commit, hardware, versions, write_json
+from .methods import Method, build_method
+from .metrics import Evaluator
+from .models import create_model
+from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
+from .preemption import StopRequest, stop_on_signal
+from .records import RUN_FORMAT
+from .step import TrainStep
+from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
+
+# What may differ between a checkpoint and the run that goes on from it.
+MAY_CHANGE = {
+    "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume", "seeds",
+    "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
+    "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
+    "teacher.global_batch",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    last: dict[str, float]
+    """Accuracies of the last evaluation in percent: student_top1, prompt_top1, ..."""
+    best: dict[str, float]
+    """Best student_top1 and its epoch."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    speeds: list[float] = field(default_factory=list)
+    prompt_top1: list[tuple[float, float]] = field(default_factory=list)
+
+
+def run(config: RunConfig) -> RunResult:
+    """Train one network, from data to the finished student on disk.
+
+    Args:
+        config: A complete configuration; `seeds` is for `run_seeds`.
+
+    Raises:
+        UsageError, DataError, NumericError, StorageError: As the exit codes say.
+        Stopped: A signal asked to stop; the state is saved.
+    """
+    out = run_folder(config)
+    with stop_on_signal() as stop:
+        device = pick_device(config)
+        prepare_torch(config)
+        data = load_data(config.data, device)
+        total_steps = config.epochs * steps_per_epoch(len(data.train), config.global_batch)
+        checkpoint = find_checkpoint(config, out)
+        if checkpoint is not None:
+            check_same_run(config, checkpoint)
+            if checkpoint.step >= end_step(config, total_steps) and is_finished(out, config):
+                return already_done(out, checkpoint)
+
+        torch.manual_seed(config.seed)  # the student first: equal under every method (T2)
+        student = create_model(
+            config.student, num_classes=data.num_classes, weights=config.student_weights
+        )
+        cost = None
+        teacher, teacher_record = None, None
+        if config.method != "ce":
+            weights = resolve_weights(config)
+            state = torch.get_rng_state()
+            teacher = create_model(
+                config.teacher.name, num_classes=data.num_classes, weights=weights
+            )
+            cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
+            torch.set_rng_state(state)
+            teacher_record = {
+                "name": config.teacher.name,
+                "weights": weights,
+                "sha256": fingerprint(teacher),
+                "expected_top1": config.teacher.expected_top1,
+            }
+        method = build_method(config, student, teacher)
+        method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        trainer = Trainer(config, out, data, method, device, total_steps, stop)
+        return trainer.train(checkpoint, run_record(config, data, student, cost, teacher_record))
+
+
+def run_seeds(config: RunConfig) -> list[RunResult]:
+    """One run for each of `config.seeds` (or for `config.seed`), one after the other."""
+    if config.seeds is None:
+        return [run(config)]
+    if config.out is not None and len(config.seeds) > 1:
+        raise UsageError(f"out={config.out!r} with {len(config.seeds)} seeds: expected --out-root")
+    return [run(dataclasses.replace(config, seed=s, seeds=None)) for s in config.seeds]
+
+
+class Trainer:
+    """The loop and its state."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        data: ImageData,
+        method: Method,
+        device: torch.device,
+        total_steps: int,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.out, self.data, self.method = config, out, data, method
+        self.device, self.total_steps, self.stop = device, total_steps, stop
+        self.per_epoch = steps_per_epoch(len(data.train), config.global_batch)
+        self.end_step = end_step(config, total_steps)
+        self.step = TrainStep(
+            method,
+            config,
+            data,
+            total_steps=total_steps,
+            steps_per_epoch=self.per_epoch,
+            device=device,
+        )
+        self.evaluator = Evaluator(
+            method, data, batch_size=config.eval_batch, workers=config.data.workers
+        )
+        self.progress = Progress()
+        self.teacher_sha256: str | None = None
+        self.teacher_top1: float | None = None
+        self.alarmed = False
+        self.saved_step: int | None = None
+
+    def train(self, checkpoint: Checkpoint | None, record: dict[str, Any]) -> RunResult:
+        """Measure the teacher, go on from `checkpoint` if there is one, and train to the end."""
+        if record["teacher"] is not None:
+            self.teacher_sha256 = record["teacher"]["sha256"]
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        resumed = None if checkpoint is None else self.progress.step
+        self.log = RunLog(self.out, self.columns(), resumed)
+        try:
+            self.announce(record)
+            write_json(self.out / "run.json", record)
+            self.status("running")
+            self.epochs()
+            self.write_student()
+            self.status("finished")
+            self.log.say(f"finished: {self.out}")
+        except Stopped as stopped:
+            self.save()
+            self.status("stopped")
+            self.log.event("stopped", str(stopped), self.progress.step)
+            raise
+        except BaseException:
+            self.status("failed")
+            raise
+        finally:
+            self.log.close()
+        return RunResult(self.out, self.progress.step, self.progress.last, self.progress.best)
+
+    def announce(self, record: dict[str, Any]) -> None:
+        """Say what is about to run, measure the teacher, and warn of what looks wrong already."""
+        config, log, cost = self.config, self.log, record["cost"]
+        log.say(
+            f"{config.recipe} · {config.method} · seed {config.seed} · {self.data.name}: "
+            f"{len(self.data.train):,} training, {len(self.data.test):,} test images · "
+            f"{config.student} {cost['student_params'] / 1e6:.3f} M parameters, "
+            f"{cost['student_macs'] / 1e6:.1f} M MACs · {record['hardware']['device']}, "
+            f"{self.step.precision}"
+        )
+        if self.progress.step:
+            log.say(f"resumed from step {self.progress.step} of {self.end_step}")
+            log.event("resumed", f"from step {self.progress.step}", self.progress.step)
+        with self.step.autocast():
+            teacher = self.evaluator.teacher()
+        if teacher is None:
+            return
+        record["teacher"] |= teacher
+        self.teacher_top1 = teacher["top1"]
+        log.say(
+            f"teacher {config.teacher.name}: top-1 {teacher['top1']:.2f} %, top-5 "
+            f"{teacher['top5']:.2f} % on the test images ({record['teacher']['weights']})"
+        )
+        if config.has_prompt_path:
+            log.say(
+                f"prompt path adds {cost['params_overhead_percent']:.1f} % parameters and "
+                f"{cost['macs_overhead_percent']:.1f} % MACs to the teacher"
+            )
+        for kind, warning in self.early_warnings(cost):
+            record["warnings"].append(warning)
+            log.warn(kind, warning, self.progress.step)
+
+    def early_warnings(self, cost: dict[str, Any]) -> list[tuple[str, str]]:
+        """Failure signatures that are visible before the first step (M45, M46)."""
+        config = self.config
+        expected = config.teacher.expected_top1
+        found = [("teacher_below_expectation", teacher_warning(self.teacher_top1, expected))]
+        if config.has_prompt_path:
+            params = overhead_warning(cost["added_params"], cost["teacher_params"], "parameters")
+            macs = overhead_warning(cost["added_macs"], cost["teacher_macs"], "MACs")
+            found += [("overhead", params), ("overhead", macs)]
+            found.append(("fusion_missing", None if config.prompt.fusion else fusion_warning()))
+        return [(kind, warning) for kind, warning in found if warning is not None]
+
+    def epochs(self) -> None:
+        """The loop: steps, evaluation, checkpoint."""
+        config, progress, meter = self.config, self.progress, self.step.meter
+        with self.log.progress(self.end_step, progress.step, config.global_batch) as line:
+            while progress.step < self.end_step:
+                epoch, done_in_epoch = divmod(progress.step, self.per_epoch)
+                started, first = time.monotonic(), progress.step
+                for batch in train_batches(
+                    self.data.train,
+                    batch_size=config.global_batch,
+                    seed=config.seed,
+                    epoch=epoch,
+                    start_step=done_in_epoch,
+                    workers=config.data.workers,
+                ):
+                    self.step(batch, progress.step)
+                    progress.step += 1
+                    if line.due():
+                        means = meter.read(config.has_prompt_path)
+                        line.update(progress.step / self.per_epoch, progress.step, means)
+                    if self.stop or progress.step >= self.end_step:
+                        break
+                means = meter.read(config.has_prompt_path)  # waits for the device
+                seconds = time.monotonic() - started
+                progress.seconds += seconds
+                progress.speeds.append((progress.step - first) * config.global_batch / seconds)
+                self.check_finite(means)
+                self.stop_if_asked()
+                self.end_of_epoch(means)
+
+    def end_of_epoch(self, means: dict[str, float]) -> None:
+        """Evaluate, log and save, where it is time to; an epoch cut by max_steps counts as one."""
+        progress, config = self.progress, self.config
+        epoch, at_end = progress.step / self.per_epoch, progress.step >= self.end_step
+        is_best = False
+        if at_end or round(epoch) % config.eval_every == 0:
+            with self.step.autocast():
+                test = self.evaluator(self.step.ema)
+            is_best = self.note(epoch, test)
+            row = {"epoch": epoch, "step": progress.step, "lr": self.learning_rate(), **means, **test}
+            row |= {"seconds": progress.seconds, "images_per_second": progress.speeds[-1]}
+            self.log.row(row)
+            self.log.say(self.summary(epoch, row))
+            self.check_saturation(epoch)
+        self.step.meter.reset()
+        if at_end or is_best or round(epoch) % config.checkpoint_every == 0:
+            self.save(is_best)
+        self.status("running")
+        self.stop_if_asked()
+
+    def note(self, epoch: float, test: dict[str, float]) -> bool:
+        """Remember an evaluation; whether the student is the best so far."""
+        progress = self.progress
+        progress.last = {
+            k.removeprefix("test/"): v for k, v in test.items() if k.startswith("test/")
+        }
+        if "prompt_top1" in progress.last:
+            progress.prompt_top1.append((epoch, progress.last["prompt_top1"]))
+        if progress.last["student_top1"] <= progress.best.get("student_top1", -1.0):
+            return False
+        progress.best = {"student_top1": progress.last["student_top1"], "epoch": epoch}
+        return True
+
+    def summary(self, epoch: float, row: dict[str, float]) -> str:
+        """The line of one epoch."""
+        parts = [f"epoch {epoch:.4g}/{self.config.epochs}", f"loss {row['loss/total']:.3f}"]
+        parts += [
+            f"{path} {row[f'test/{path}_top1']:.2f} %"
+            for path in ("student", "ema", "prompt", "teacher")
+            if f"test/{path}_top1" in row
+        ]
+        left = (self.end_step - self.progress.step) * self.config.global_batch
+        speed = row["images_per_second"]
+        return "  ".join([*parts, f"{speed:,.0f} images/s", f"{clock(left / speed)} left"])
+
+    def check_saturation(self, epoch: float) -> None:
+        """Warn once if the prompt path copies the teacher (M44)."""
+        if self.alarmed or not self.progress.prompt_top1 or self.teacher_top1 is None:
+            return
+        early = saturates_early(self.progress.prompt_top1, self.teacher_top1, self.config.epochs)
+        if early is not None:
+            self.alarmed = True
+            warning = saturation_warning(early, self.config.epochs)
+            self.log.warn("saturation", warning, self.progress.step)
+
+    def check_finite(self, means: dict[str, float]) -> None:
+        """Stop before a checkpoint would hold numbers that are none."""
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise NumericError(
+                f"{', '.join(bad)} not finite by step {self.progress.step}: expected finite losses "
+                f"(a lower --optim.lr, or --optim.clip-grad-norm); the last checkpoint is intact"
+            )
+
+    def stop_if_asked(self) -> None:
+        if self.stop:
+            raise Stopped(f"stopped by {self.stop.signal.name} at step {self.progress.step}")  # type: ignore
+
+    def learning_rate(self) -> float:
+        """Of the student, in the step just done."""
+        return self.step.schedule.get_last_lr()[0]
+
+    def columns(self) -> list[str]:
+        """Columns of metrics.csv for this method."""
+        paths = ["student"]
+        if self.config.method != "ce":
+            paths = ["student", "prompt", "teacher"] if self.config.has_prompt_path else ["student", "teacher"]
+        columns = ["epoch", "step", "lr", "loss/total"]
+        columns += [f"loss/{name}" for name in self.method.term_names]
+        columns += [f"train/{p}_top1" for p in paths if p != "teacher"]
+        columns += [f"test/{p}_top{k}" for p in paths for k in (1, 5)]
+        columns += ["test/ema_top1"] if self.step.ema is not None else []
+        for supervisor in [p for p in ("teacher", "prompt") if p in paths]:
+            columns += [f"kl/{supervisor}_student{part}" for part in ("", "_target", "_nontarget")]
+            columns.append(f"prob/{supervisor}_target")
+        if "prompt" in paths:
+            columns.append("kl/teacher_prompt")
+            columns += [f"prompt_norm/{stage}" for stage in self.method.teacher.pairs]  # type: ignore
+        return [*columns, "seconds", "images_per_second"]
+
+    def status(self, state: str) -> None:
+        """Write status.json."""
+        progress = self.progress
+        self.log.status(
+            state=state,
+            epoch=progress.step / self.per_epoch,
+            step=progress.step,
+            total_steps=self.end_step,
+            last=progress.last,
+            best=progress.best,
+            seconds=progress.seconds,
+            images_per_second=statistics.median(progress.speeds) if progress.speeds else None,
+        )
+
+    # What a checkpoint holds ------------------------------------------------------------------------
+
+    def save(self, is_best: bool = False) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        if self.saved_step == self.progress.step:
+            return
+        step = self.step
+        tensors = {
+            **self.method.trained_state(),
+            **optimizer_tensors(step.optimizer),
+            "meter": step.meter.sums,
+            "rng.cpu": torch.get_rng_state(),
+        }
+        if step.ema is not None:
+            tensors |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "step": self.progress.step,
+            "progress": dataclasses.asdict(self.progress),
+            "schedule": {k: v for k, v in step.schedule.state_dict().items() if k != "lr_lambdas"},
+            "group_lr": [group["lr"] for group in step.optimizer.param_groups],
+            "scaler": step.scaler.state_dict(),
+            "alarmed": self.alarmed,
+            "teacher_sha256": self.teacher_sha256,
+            "data": self.data_identity(),
+            "config": to_dict(self.config),
+            "versions": versions(),
+        }
+        folder = self.out / "checkpoints"
+        save_checkpoint(
+            folder, tensors, state, keep=self.config.keep_checkpoints, is_best=is_best
+        )
+        self.saved_step = self.progress.step
+
+    def data_identity(self) -> dict[str, Any]:
+        """What must be the same in a run that goes on."""
+        return {
+            "name": self.data.name,
+            "num_classes": self.data.num_classes,
+            "train_images": len(self.data.train),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Inverse of `save`.
+
+        Raises:
+            DataError: The checkpoint is another model's, another teacher's or another data set's.
+        """
+        tensors, state, step = checkpoint.tensors, checkpoint.state, self.step
+        for name, ours in (("data", self.data_identity()), ("teacher_sha256", self.teacher_sha256)):
+            if state.get(name) != ours:
+                raise DataError(
+                    f"{checkpoint.path}: made with {name}={state.get(name)}, this run has {ours}: "
+                    "choose another --out"
+                )
+        own = {k: v for k, v in tensors.items() if k.startswith(("student.", "prompt."))}
+        try:
+            self.method.load_trained_state(own)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{checkpoint.path}: another model's checkpoint: {reason}") from error
+        restore_optimizer(step.optimizer, tensors)
+        for group, lr in zip(step.optimizer.param_groups, state["group_lr"], strict=True):
+            group["lr"] = lr
+        step.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(state["group_lr"])})
+        step.scaler.load_state_dict(state["scaler"])
+        if step.ema is not None:
+            step.ema.load_state_dict(
+                {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+            )
+        step.meter.sums.copy_(tensors["meter"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.progress = Progress(**state["progress"])
+        self.alarmed = state["alarmed"]
+        self.saved_step = self.progress.step if checkpoint.path.parent.parent == self.out else None
+
+    def write_student(self) -> None:
+        """The finished network: plain architecture, plain names."""
+        name = WEIGHTS_FILE if self.config.role == "teacher" else "student.safetensors"
+        tensors = {
+            k: v.detach().cpu().contiguous().clone() for k, v in self.method.student.state_dict().items()
+        }
+        metadata = {
+            "model": self.config.student,
+            "num_classes": str(self.data.num_classes),
+            "top1": f"{self.progress.last['student_top1']:.4f}",
+        }
+        write_atomically(self.out / name, lambda path: save_file(tensors, path, metadata))
+
+
+def pick_device(config: RunConfig) -> torch.device:
+    """The device asked for, or the best there is."""
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device={name!r}: expected cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device={name!r}: this machine has no usable CUDA device; expected cpu")
+    if config.precision == "fp16" and name == "cpu":
+        raise UsageError("precision='fp16' on cpu: expected fp32 or bf16")
+    return torch.device(name)
+
+
+def prepare_torch(config: RunConfig) -> None:
+    """Process-wide switches."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def end_step(config: RunConfig, total_steps: int) -> int:
+    """Number of steps after which the run ends."""
+    return total_steps if config.max_steps is None else min(config.max_steps, total_steps)
+
+
+def find_checkpoint(config: RunConfig, out: Path) -> Checkpoint | None:
+    """What `--resume` asks for.
+
+    Raises:
+        UsageError: The folder holds a run that `never` would overwrite.
+        DataError: No sound checkpoint where one was named.
+    """
+    folder = out / "checkpoints"
+    if config.resume == "never":
+        if checkpoints(folder):
+            raise UsageError(f"{out}: holds a run, and resume is 'never': expected another --out")
+        return None
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if checkpoints(path / "checkpoints"):
+            path = path / "checkpoints" / read_index(path / "checkpoints")["last"]
+        return load_checkpoint(path)
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}")
+
+    return newest_checkpoint(folder, warn)
+
+
+def check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Refuse to go on from a checkpoint of another configuration, naming the differences."""
+    then, now = _flat(checkpoint.state["config"]), _flat(to_dict(config))
+    different = [
+        f"{key}: {then.get(key)} there, {now.get(key)} here"
+        for key in sorted(then.keys() | now.keys())
+        if key not in MAY_CHANGE and _plain(then.get(key)) != _plain(now.get(key))
+    ]
+    if different:
+        raise DataError(
+            f"{checkpoint.path}: checkpoint of another run ({'; '.join(different)}): "
+            "expected the same options, or another --out"
+        )
+
+
+def is_finished(out: Path, config: RunConfig) -> bool:
+    """Whether the run has left its finished network."""
+    name = WEIGHTS_FILE if config.role == "teacher" else "student.safetensors"
+    return (out / name).is_file()
+
+
+def already_done(out: Path, checkpoint: Checkpoint) -> RunResult:
+    """Report a finished run; nothing is written."""
+    progress = Progress(**checkpoint.state["progress"])
+    top1 = progress.last.get("student_top1", math.nan)
+    print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %")
+    return RunResult(out, progress.step, progress.last, progress.best)
+
+
+def run_record(
+    config: RunConfig,
+    data: ImageData,
+    student: torch.nn.Module,
+    cost: TeacherCost | None,
+    teacher: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Contents of run.json."""
+    shape = (1, 3, *data.image_size)
+    student_macs = count_macs(student, shape)
+    flat = _flat(to_dict(config))
+    costs: dict[str, Any] = {
+        "student_params": count_params(student),
+        "student_macs": student_macs,
+        "train_macs_per_image": training_macs(
+            config.method if not config.loss.mixture_control else "kd", student_macs, cost
+        ),
+    }
+    if cost is not None:
+        costs |= {"teacher_params": cost.teacher_params, "teacher_macs": cost.teacher_macs}
+    if cost is not None and config.has_prompt_path:
+        costs |= {
+            name: getattr(cost, name)
+            for name in (
+                "added_params", "added_macs", "params_overhead_percent", "macs_overhead_percent",
+            )
+        }  # fmt: skip
+    return {
+        "format": RUN_FORMAT,
+        "config": to_dict(config),
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(pick_device(config)),
+        "data": {
+            "name": data.name,
+            "num_classes": data.num_classes,
+            "image_size": list(data.image_size),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "class_names": data.class_names,
+        },
+        "teacher": teacher,
+        "cost": costs,
+        "not_known_from_paper": {
+            name: flat[name] for name in NOT_KNOWN_FROM_PAPER if config.has_prompt_path
+        },
+        "warnings": [],
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """JSON makes lists of tuples; compare them as equal."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,52 @@
+"""Named variations of any recipe: controls and ablations, as `--arm NAME`.
+
+Each takes the recipe's configuration and returns the arm's. Requirement numbers refer to the method reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..engine.config import RunConfig
+
+
+def _loss(**values: object) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: replace(config, loss=replace(config.loss, **values))
+
+
+def _prompt(**values: object) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: replace(config, prompt=replace(config.prompt, **values))
+
+
+def _same_total(config: RunConfig) -> RunConfig:
+    loss = config.loss
+    total = loss.student_teacher + loss.student_prompt
+    return replace(config, loss=replace(loss, kd_ce=loss.student_ce, kd_kl=total))
+
+
+ARMS: dict[str, Callable[[RunConfig], RunConfig]] = {
+    # KD's conventional weights, shared between the two supervisors (M23)
+    "kd_matched": _loss(student_ce=0.1, student_teacher=0.45, student_prompt=0.45),
+    # with --method kd: KD under the label and total KD weight of DFPT-KD (M23)
+    "same_total": _same_total,
+    # no prompt modules, mixture as target (M21)
+    "mixture": _loss(mixture_control=True),
+    # lambda_S = 0 (M18)
+    "teacher_only": _loss(prompt_student=0.0),
+    # single-term arms (M42)
+    "no_student_teacher": _loss(student_teacher=0.0),
+    "no_student_prompt": _loss(student_prompt=0.0),
+    "no_prompt_ce": _loss(prompt_ce=0.0),
+    "no_prompt_teacher": _loss(prompt_teacher=0.0),
+    # objective and order (M19, M43)
+    "reverse_kl": _loss(reverse_kl=True),
+    "alternating": _loss(update="alternating"),
+    # structure (M35, M43, M44)
+    "no_fusion": _prompt(fusion=False),
+    "identity_init": _prompt(init="identity"),
+    "parallel": _prompt(arrangement="parallel"),
+    "single_scale": _prompt(kernels=(3,), r2=1.0),
+    "grouped_fusion": _prompt(r1=16, fusion_groups=4),
+    "dense_fusion": _prompt(r1=4, fusion_groups=1),
+}
