@@ -5,7 +5,8 @@
                          manifest.json       size and SHA-256 of the two, written last
     checkpoints/index.json                   {"last": "step-<N>", "best": "step-<M>"}
 
-A checkpoint is written to a temporary folder, flushed and renamed, so a crash leaves the previous one.
+A checkpoint is written to a temporary folder, flushed and renamed, so a crash leaves the previous
+one.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def save_checkpoint(
     index["last"] = final.name
     if is_best or "best" not in index:
         index["best"] = final.name
-    write_atomically(folder / "index.json", lambda path: path.write_text(json.dumps(index)) and None)
+    write_atomically(
+        folder / "index.json", lambda path: path.write_text(json.dumps(index)) and None
+    )
     for old in checkpoints(folder)[keep:]:
         if old.name != index["best"]:
             shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Everything a run can be told, as frozen dataclasses; the command line is generated from them.
 
-Defaults that the paper does not give are *our reading* (method reference, sections 2.2 and 3.4); their
-names are in `NOT_KNOWN_FROM_PAPER` and travel with every run record. A value that no run could use is
-refused here, before any data is read.
+Defaults that the paper does not give are *our reading* (method reference, sections 2.2 and 3.4);
+their names are in `NOT_KNOWN_FROM_PAPER` and travel with every run record. A value that no run
+could use is refused here, before any data is read.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ class DataConfig:
     limit: int | None = None
     """Use at most this many images of each split, drawn evenly over the classes."""
     train_limit: int | None = None
-    """Use at most this many training images, drawn evenly over the classes: a user with few labels."""
+    """Use at most this many training images, drawn evenly over the classes: a user with few
+    labels."""
     image_size: int = 224
-    """Side of the square crop, in pixels (folder and synthetic data; the others have their own size)."""
+    """Side of the square crop, in pixels (folder and synthetic data; the others have their own
+    size)."""
     num_classes: int = 100
     """Number of classes of synthetic data; the others count their own."""
     crop_padding: int | None = None
-    """Zero padding in pixels of the random crop of CIFAR-size images; absent: 4, Fashion-MNIST 2."""
+    """Zero padding in pixels of the random crop of CIFAR-size images; absent: 4, Fashion-MNIST
+    2."""
     flip: bool = True
     """Flip half of the training images left to right."""
     workers: int = 2
@@ -49,8 +52,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("limit", "train_limit"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"data.{name}", value, "a positive number of images")
-        _require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
+            _require(
+                value is None or value > 0, f"data.{name}", value, "a positive number of images"
+            )
+        _require(
+            self.crop_padding is None or self.crop_padding >= 0,
+            "data.crop_padding", self.crop_padding, "0 or more pixels",
+        )  # fmt: skip
+        _require(
+            self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels"
+        )
         _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
@@ -62,7 +73,8 @@ class PromptConfig:
     r1: int = 4
     """Channel reduction of the first 1x1 convolution: inner width m = max(C / r1, min_width)."""
     r2: float = 0.25
-    """Share of the m channels that a partial convolution touches (FasterNet's value; 1 = ordinary)."""
+    """Share of the m channels that a partial convolution touches (FasterNet's value; 1 =
+    ordinary)."""
     kernels: tuple[int, ...] = (3, 5, 7)
     """Kernel sizes of the partial convolutions, odd."""
     arrangement: Literal["sequential", "parallel"] = "sequential"
@@ -95,12 +107,13 @@ class PromptConfig:
             len(self.kernels) > 0 and all(k > 0 and k % 2 == 1 for k in self.kernels),
             "prompt.kernels", self.kernels, "one or more odd sizes",
         )  # fmt: skip
-        _require(self.min_width >= 1, "prompt.min_width", self.min_width, "an integer of at least 1")
+        _require(
+            self.min_width >= 1, "prompt.min_width", self.min_width, "an integer of at least 1"
+        )
         _require(self.fusion_groups >= 1, "prompt.fusion_groups", self.fusion_groups, "at least 1")
         stages = self.insert_stages
         _require(
-            stages == "all"
-            or (len(stages) > 0 and len(set(stages)) == len(stages) and all(s >= 1 for s in stages)),
+            stages == "all" or (len(set(stages)) == len(stages) > 0 and min(stages) >= 1),
             "prompt.insert_stages", stages, "'all' or different stage numbers from 1",
         )  # fmt: skip
 
@@ -230,7 +243,7 @@ class OptimConfig:
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         _require(
-            list(self.milestones) == sorted(self.milestones) and all(0 < m < 1 for m in self.milestones),
+            list(self.milestones) == sorted(m for m in self.milestones if 0 < m < 1),
             "optim.milestones", self.milestones, "ascending shares of the run, each in (0, 1)",
         )  # fmt: skip
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
@@ -259,7 +272,8 @@ class RunConfig:
     role: Literal["student", "teacher"] = "student"
     """What the trained network is for: `teacher` in the runs of train-teacher."""
     method: MethodName = "dfpt"
-    """ce: labels only. kd, dkd, dist: the usual rivals. dfpt, dfpt_plus: dual-forward-path teacher."""
+    """ce: labels only. kd, dkd, dist: the usual rivals. dfpt, dfpt_plus: dual-forward-path
+    teacher."""
     student: str = "cifar:ShuffleV1"
     """Model name of the student."""
     student_weights: str | None = None
@@ -291,8 +305,8 @@ class RunConfig:
     out_root: str = "runs"
     """Output root."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint in the output folder; never: refuse a folder that holds
-    one; a path: go on from that checkpoint."""
+    """auto: go on from the newest checkpoint in the output folder; never: refuse a folder that
+    holds one; a path: go on from that checkpoint."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     keep_checkpoints: int = 2
@@ -308,7 +322,9 @@ class RunConfig:
             "epochs", "global_batch", "accumulate", "eval_batch", "eval_every", "checkpoint_every",
             "keep_checkpoints",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+            _require(
+                getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1"
+            )
         _require(
             self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1"
         )
@@ -319,12 +335,15 @@ class RunConfig:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
         if self.seeds is not None:
             _require(
-                len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0,
+                len(set(self.seeds)) == len(self.seeds) > 0 and min(self.seeds) >= 0,
                 "seeds", self.seeds, "different numbers of 0 or more",
             )  # fmt: skip
         if self.loss.mixture_control:
             _require(
-                self.method == "dfpt", "loss.mixture_control with method", self.method, "method 'dfpt'"
+                self.method == "dfpt",
+                "loss.mixture_control with method",
+                self.method,
+                "method 'dfpt'",
             )
 
     @property
@@ -336,7 +355,8 @@ class RunConfig:
 # Fields whose value the paper's summary leaves open: each run record lists those it used (M20).
 NOT_KNOWN_FROM_PAPER = (
     "loss.tau", "loss.student_ce", "loss.student_teacher", "loss.student_prompt", "loss.prompt_ce",
-    "loss.prompt_teacher", "loss.prompt_student", "loss.reverse_kl", "loss.warmup_epochs", "loss.update",
+    "loss.prompt_teacher", "loss.prompt_student", "loss.reverse_kl", "loss.warmup_epochs",
+    "loss.update",
     "prompt.r1", "prompt.r2", "prompt.kernels", "prompt.arrangement", "prompt.min_width",
     "prompt.prompt_norm", "prompt.prompt_act", "prompt.fusion_norm", "prompt.fusion_act",
     "prompt.fusion_groups", "prompt.init", "prompt.insert_stages", "prompt.bn_mode",
@@ -352,12 +372,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """The dataclass `cls` out of JSON data; an unknown key or a wrong type is a `UsageError`."""
     if not isinstance(values, dict):
-        raise UsageError(f"{where or 'configuration'}: expected an object, got {type(values).__name__}")
+        raise UsageError(
+            f"{where or 'configuration'}: expected an object, got {type(values).__name__}"
+        )
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
-            raise UsageError(f"unknown configuration key {where + key!r}: expected one of {sorted(known)}")
+            raise UsageError(
+                f"unknown configuration key {where + key!r}: expected one of {sorted(known)}"
+            )
     return cls(**{k: _coerce(hints[k], v, where + k) for k, v in values.items()})
 
 

@@ -1,8 +1,8 @@
 """What a run leaves on disk besides checkpoints, and what it says while it goes on.
 
-    run.json        resolved configuration, versions, hardware, cost; usable as --config
-    metrics.csv     one row an evaluation        tensorboard/  the same figures
-    status.json     where the run stands         events.jsonl  what happened, one object a line
+run.json        resolved configuration, versions, hardware, cost; usable as --config
+metrics.csv     one row an evaluation        tensorboard/  the same figures
+status.json     where the run stands         events.jsonl  what happened, one object a line
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class RunLog:
     Args:
         folder: The run folder; made if absent.
         columns: Columns of metrics.csv.
-        resume_step: Step that the run goes on from: rows written after it are cut, so that none is doubled.
+        resume_step: Step that the run goes on from: rows written after it are cut, so that none
+            is doubled.
     """
 
     def __init__(self, folder: Path, columns: Iterable[str], resume_step: int | None) -> None:
@@ -106,7 +107,9 @@ class RunLog:
                 rows = list(csv.DictReader(file))
         except OSError:
             return []
-        return [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+        return [
+            row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step
+        ]
 
     def say(self, text: str) -> None:
         """One line on the terminal."""

@@ -58,7 +58,8 @@ Normalise = Callable[[Batch], Tensor]
 
 
 def normaliser(data: ImageData, dtype: torch.dtype = torch.float32) -> Normalise:
-    """uint8 batch -> normalised images [B, 3, H, W], channels_last, cropped and flipped as the batch says."""
+    """uint8 batch -> normalised images [B, 3, H, W], channels_last, cropped and flipped as the
+    batch says."""
 
     def normalise(batch: Batch) -> Tensor:
         return normalize_images(
@@ -156,8 +157,8 @@ def path_divergence(
         tau: Temperature.
 
     Returns:
-        `kl/<supervisor>_student`, its `_target` and `_nontarget` parts, which sum to it, and the mean
-        probability `prob/<supervisor>_target` of the true class, for teacher and prompt path;
+        `kl/<supervisor>_student`, its `_target` and `_nontarget` parts, which sum to it, and the
+        mean probability `prob/<supervisor>_target` of the true class, for teacher and prompt path;
         `kl/teacher_prompt`.
     """
     labels = labels.to(student.device)

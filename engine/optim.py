@@ -25,11 +25,13 @@ def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimize
     )
 
 
-def lr_factor(config: OptimConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+def lr_factor(
+    config: OptimConfig, total_steps: int, steps_per_epoch: int
+) -> Callable[[int], float]:
     """Learning rate of a step over its base value.
 
-    `step` multiplies by gamma once `milestone * total_steps` steps are done: with 240 epochs and milestone
-    0.625 the first epoch at the lower rate is the 151st, as in mdistiller.
+    `step` multiplies by gamma once `milestone * total_steps` steps are done: with 240 epochs and
+    milestone 0.625 the first epoch at the lower rate is the 151st, as in mdistiller.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     milestones = [round(m * total_steps) for m in config.milestones]

@@ -1,7 +1,7 @@
 """A request to stop, taken between two steps.
 
-The handler only sets a flag: the loop stops after the step it is in, saves and leaves with exit code 75. A
-second signal leaves at once, with the previous checkpoint intact.
+The handler only sets a flag: the loop stops after the step it is in, saves and leaves with exit
+code 75. A second signal leaves at once, with the previous checkpoint intact.
 """
 
 from __future__ import annotations

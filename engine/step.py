@@ -88,7 +88,8 @@ class TrainStep:
     def _rest(self, step: int) -> None:
         """Alternating update: on even steps only the student moves, on odd steps all the others.
 
-        A parameter without gradient is left alone by the optimiser, momentum and weight decay included.
+        A parameter without gradient is left alone by the optimiser, momentum and weight decay
+        included.
         """
         for group in self.optimizer.param_groups:
             if (group["name"] == "student") != (step % 2 == 0):

@@ -16,7 +16,8 @@ WEIGHTS_FILE = "teacher.safetensors"
 
 
 def teacher_run(config: RunConfig) -> RunConfig:
-    """The run that trains this recipe's teacher: labels only, the full training set, the same data."""
+    """The run that trains this recipe's teacher: labels only, the full training set, the same
+    data."""
     teacher = config.teacher
     return dataclasses.replace(
         config,
@@ -55,9 +56,7 @@ def find_teacher(config: RunConfig) -> Path | None:
     for weights in Path(config.out_root).glob(f"*/{WEIGHTS_FILE}"):
         try:
             run = json.loads((weights.parent / "run.json").read_text())["config"]
-            same = (
-                run["student"] == config.teacher.name and run["data"]["name"] == config.data.name
-            )
+            same = run["student"] == config.teacher.name and run["data"]["name"] == config.data.name
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if same:

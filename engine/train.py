@@ -1,6 +1,7 @@
 """What a run does, top to bottom.
 
-    data -> student -> teacher -> method -> (resume) -> epochs of steps, evaluation, checkpoint -> student file
+data -> student -> teacher -> method -> (resume) -> epochs of steps, evaluation, checkpoint ->
+student file
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
 
 # What may differ between a checkpoint and the run that goes on from it.
 MAY_CHANGE = {
-    "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume", "seeds",
-    "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
+    "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume",
+    "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
     "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
     "teacher.global_batch",
 }  # fmt: skip
@@ -282,7 +283,13 @@ class Trainer:
             with self.step.autocast():
                 test = self.evaluator(self.step.ema)
             is_best = self.note(epoch, test)
-            row = {"epoch": epoch, "step": progress.step, "lr": self.learning_rate(), **means, **test}
+            row = {
+                "epoch": epoch,
+                "step": progress.step,
+                "lr": self.learning_rate(),
+                **means,
+                **test,
+            }
             row |= {"seconds": progress.seconds, "images_per_second": progress.speeds[-1]}
             self.log.row(row)
             self.log.say(self.summary(epoch, row))
@@ -349,7 +356,11 @@ class Trainer:
         """Columns of metrics.csv for this method."""
         paths = ["student"]
         if self.config.method != "ce":
-            paths = ["student", "prompt", "teacher"] if self.config.has_prompt_path else ["student", "teacher"]
+            paths = (
+                ["student", "prompt", "teacher"]
+                if self.config.has_prompt_path
+                else ["student", "teacher"]
+            )
         columns = ["epoch", "step", "lr", "loss/total"]
         columns += [f"loss/{name}" for name in self.method.term_names]
         columns += [f"train/{p}_top1" for p in paths if p != "teacher"]
@@ -377,7 +388,8 @@ class Trainer:
             images_per_second=statistics.median(progress.speeds) if progress.speeds else None,
         )
 
-    # What a checkpoint holds ------------------------------------------------------------------------
+    # What a checkpoint holds
+    # ------------------------------------------------------------------------
 
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint of everything that the next step depends on."""
@@ -407,9 +419,7 @@ class Trainer:
             "versions": versions(),
         }
         folder = self.out / "checkpoints"
-        save_checkpoint(
-            folder, tensors, state, keep=self.config.keep_checkpoints, is_best=is_best
-        )
+        save_checkpoint(folder, tensors, state, keep=self.config.keep_checkpoints, is_best=is_best)
         self.saved_step = self.progress.step
 
     def data_identity(self) -> dict[str, Any]:
@@ -442,7 +452,9 @@ class Trainer:
         restore_optimizer(step.optimizer, tensors)
         for group, lr in zip(step.optimizer.param_groups, state["group_lr"], strict=True):
             group["lr"] = lr
-        step.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(state["group_lr"])})
+        step.schedule.load_state_dict(
+            {**state["schedule"], "lr_lambdas": [None] * len(state["group_lr"])}
+        )
         step.scaler.load_state_dict(state["scaler"])
         if step.ema is not None:
             step.ema.load_state_dict(
@@ -460,7 +472,8 @@ class Trainer:
         """The finished network: plain architecture, plain names."""
         name = WEIGHTS_FILE if self.config.role == "teacher" else "student.safetensors"
         tensors = {
-            k: v.detach().cpu().contiguous().clone() for k, v in self.method.student.state_dict().items()
+            k: v.detach().cpu().contiguous().clone()
+            for k, v in self.method.student.state_dict().items()
         }
         metadata = {
             "model": self.config.student,

@@ -2,16 +2,16 @@
 
     L = ce_weight CE(z_S, y) + kd_weight tau^2 KL(sg p_T || p_S)          p = softmax(z / tau)
 
-Source: Hinton et al., arXiv 1503.02531; batch mean and tau^2 as in mdistiller and RepDistiller, whose
-weights 0.1 / 0.9 and temperature 4 are the defaults.
+Source: Hinton et al., arXiv 1503.02531; batch mean and tau^2 as in mdistiller and RepDistiller,
+whose weights 0.1 / 0.9 and temperature 4 are the defaults.
 
 In: student, teacher [B, C] of one floating dtype; target int64 [B] or class probabilities [B, C].
-Out: fp32 (fp64 for fp64 input). Bytes moved by one pass: 2 reads of B C elements and 1 gradient write.
+Out: fp32 (fp64 for fp64 input). Bytes moved by one pass: 2 reads of B C elements and 1 gradient
+write.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,11 +21,11 @@ from .backend import choose
 from .dual_path_loss import (
     check_logits,
     correct_count,
+    counted_logits,
     counted_rows,
     cross_entropy_rows,
     kl_rows,
     mean_over,
-    upcast,
     weighted_sum,
 )
 
@@ -41,12 +41,6 @@ class DistillationLoss(NamedTuple):
     """0-d int64: rows whose largest student logit is the target class."""
 
 
-@dataclass(frozen=True)
-class _Weights:
-    ce: float
-    kd: float
-
-
 def distillation_loss_reference(
     student: Tensor,
     teacher: Tensor,
@@ -59,16 +53,16 @@ def distillation_loss_reference(
     reverse_kl: bool,
 ) -> DistillationLoss:
     """Eager PyTorch: the specification, the oracle of the tests and the fallback."""
-    s_BC, t_BC = upcast(student), upcast(teacher).detach()
+    keep_B = counted_rows(target, ignore_index)
+    s_BC, t_BC = counted_logits(student, keep_B), counted_logits(teacher.detach(), keep_B)
     q_BC, p_BC = (t_BC / tau).log_softmax(dim=1), (s_BC / tau).log_softmax(dim=1)
     if reverse_kl:
         q_BC, p_BC = p_BC, q_BC
-    keep_B = counted_rows(target, ignore_index)
     ce_B = cross_entropy_rows(s_BC, target, label_smoothing, ignore_index)
-    terms = torch.stack([mean_over(ce_B, keep_B), mean_over(tau**2 * kl_rows(q_BC, p_BC), keep_B)])
+    terms = [mean_over(ce_B, keep_B), mean_over(tau**2 * kl_rows(q_BC, p_BC), keep_B)]
     return DistillationLoss(
-        weighted_sum(terms, _Weights(ce_weight, kd_weight)),
-        terms.detach(),
+        weighted_sum(terms, (ce_weight, kd_weight), s_BC),
+        torch.stack(terms).detach(),
         correct_count(s_BC, target, keep_B),
     )
 
@@ -108,5 +102,13 @@ def distillation_loss(
     check_logits(target, tau, label_smoothing, student=student, teacher=teacher)
     choose("distillation_loss", student)
     return distillation_loss_reference(
-        student, teacher, target, tau, ce_weight, kd_weight, label_smoothing, ignore_index, reverse_kl
+        student,
+        teacher,
+        target,
+        tau,
+        ce_weight,
+        kd_weight,
+        label_smoothing,
+        ignore_index,
+        reverse_kl,
     )

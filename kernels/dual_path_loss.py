@@ -1,22 +1,26 @@
-"""All loss terms of a dual-path step: two cross-entropies, four temperature KL terms, two hit counts.
+"""All loss terms of a dual-path step: two cross-entropies, four temperature KL terms, two hit
+counts.
 
     L = w_ce CE(z_S, y) + alpha   tau^2 KL(sg p_T || p_S) + beta     tau^2 KL(sg p_P || p_S)
       + v_ce CE(z_P, y) + lambda_T tau^2 KL(sg p_T || p_P) + lambda_S tau^2 KL(sg p_S || p_P)
 
-with p = softmax(z / tau), KL(q || p) = sum_c q (log q - log p), the mean over the rows that count, and sg a
-detach. The objective is *our reading* of DFPT-KD (arXiv 2506.18244): the paper's equations are not known to
-us. `reverse_kl` swaps the arguments of the four KL terms; the supervisor stays the detached one.
+with p = softmax(z / tau), KL(q || p) = sum_c q (log q - log p), the mean over the rows that
+count, and sg a detach. The objective is *our reading* of DFPT-KD (arXiv 2506.18244): the paper's
+equations are not known to us. `reverse_kl` swaps the arguments of the four KL terms; the
+supervisor stays the detached one.
 
-In: student, prompt, teacher [B, C] of one floating dtype; target int64 [B] or class probabilities [B, C].
-Out: fp32 (fp64 for fp64 input). Accumulates in the output's dtype, in the log domain throughout.
-Bytes moved by one pass: 3 reads of B C elements and 2 gradient writes. FLOPs: about 40 B C, exponentials counted as one.
-Unsupported: double backward in the fused backends; a gradient towards teacher, target or weights.
+In: student, prompt, teacher [B, C] of one floating dtype; target int64 [B] or class probabilities
+[B, C]. Out: fp32 (fp64 for fp64 input). Accumulates in the output's dtype, in the log domain
+throughout. Bytes moved by one pass: 3 reads of B C elements and 2 gradient writes. FLOPs: about
+40 B C, exponentials counted as one. Unsupported: double backward in the fused backends; a gradient
+towards teacher, target or weights.
 
 Suffixes: B rows, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -64,7 +68,8 @@ def dual_path_loss_reference(
     reverse_kl: bool,
 ) -> DualPathLoss:
     """Eager PyTorch: the specification, the oracle of the tests and the fallback."""
-    s_BC, p_BC, t_BC = upcast(student), upcast(prompt), upcast(teacher).detach()
+    keep_B = counted_rows(target, ignore_index)
+    s_BC, p_BC, t_BC = (counted_logits(z, keep_B) for z in (student, prompt, teacher.detach()))
     log_s_BC, log_p_BC, log_t_BC = ((z / tau).log_softmax(dim=1) for z in (s_BC, p_BC, t_BC))
 
     def kl(supervisor: Tensor, learner: Tensor) -> Tensor:
@@ -79,11 +84,14 @@ def dual_path_loss_reference(
         kl(log_t_BC, log_p_BC),
         kl(log_s_BC, log_p_BC),
     )
-    keep_B = counted_rows(target, ignore_index)
-    terms = torch.stack([mean_over(row_B, keep_B) for row_B in rows])
+    terms = [mean_over(row_B, keep_B) for row_B in rows]
+    if isinstance(weights, DualPathWeights):
+        total = weighted_sum(terms, astuple(weights), s_BC, p_BC)
+    else:
+        total = weighted_sum(terms, weights, s_BC, p_BC)
     return DualPathLoss(
-        weighted_sum(terms, weights),
-        terms.detach(),
+        total,
+        torch.stack(terms).detach(),
         correct_count(s_BC, target, keep_B),
         correct_count(p_BC, target, keep_B),
     )
@@ -107,7 +115,8 @@ def dual_path_loss(
         student: Student logits [B, C], fp16, bf16, fp32 or fp64.
         prompt: Prompt-path logits [B, C], same dtype and device.
         teacher: Original-path logits [B, C], same dtype and device; never gets a gradient.
-        target: Labels, int64 [B], or class probabilities [B, C] (mixup, cutmix); a hit then compares argmax.
+        target: Labels, int64 [B], or class probabilities [B, C] (mixup, cutmix); a hit then
+            compares argmax.
         tau: Temperature of the KL terms, above 0.
         weights: Six numbers, or a tensor [6] on the device. A zero weight drops the gradient only.
         label_smoothing: In [0, 1), for both cross-entropies.
@@ -115,7 +124,8 @@ def dual_path_loss(
         reverse_kl: KL(learner || supervisor) instead of KL(supervisor || learner).
 
     Returns:
-        `DualPathLoss`; total and terms are fp32, or fp64 for fp64 logits. With no row to count all are 0.
+        `DualPathLoss`; total and terms are fp32, or fp64 for fp64 logits. With no row to count
+        all are 0.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or an option is out of its range.
@@ -130,7 +140,8 @@ def dual_path_loss(
     )
 
 
-# What the family of losses shares -----------------------------------------------------------------------
+# What the family of losses shares
+# -----------------------------------------------------------------------
 
 
 def upcast(z: Tensor) -> Tensor:
@@ -141,8 +152,8 @@ def upcast(z: Tensor) -> Tensor:
 def kl_rows(log_q_BC: Tensor, log_p_BC: Tensor) -> Tensor:
     """KL(q || p) of each row [B] from log-probabilities.
 
-    Classes of probability 0 under q (a logit of -inf) add nothing, also not to the gradient: without the
-    mask they would be 0 * (inf - inf).
+    Classes of probability 0 under q (a logit of -inf) add nothing, also not to the gradient:
+    without the mask they would be 0 * (inf - inf).
     """
     difference = torch.where(log_q_BC == -torch.inf, 0.0, log_q_BC - log_p_BC)
     return (log_q_BC.exp() * difference).sum(dim=1)
@@ -152,12 +163,22 @@ def cross_entropy_rows(
     z_BC: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> Tensor:
     """Cross-entropy of each row [B]; 0 where the row is ignored."""
-    if target.is_floating_point():
-        target = target.to(z_BC.dtype)
-        return F.cross_entropy(z_BC, target, reduction="none", label_smoothing=label_smoothing)
-    return F.cross_entropy(
-        z_BC, target, reduction="none", label_smoothing=label_smoothing, ignore_index=ignore_index
-    )
+    if not target.is_floating_point():
+        return F.cross_entropy(
+            z_BC,
+            target,
+            reduction="none",
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+    y_BC = target.detach().to(z_BC.dtype) * (1 - label_smoothing) + label_smoothing / z_BC.shape[1]
+    # As in kl_rows: a class of probability 0 adds nothing even where its logit is -inf.
+    return -torch.where(y_BC == 0, 0.0, y_BC * z_BC.log_softmax(dim=1)).sum(dim=1)
+
+
+def counted_logits(z_BC: Tensor, keep_B: Tensor) -> Tensor:
+    """Logits in the dtype of the sums, ignored rows blanked so that nothing in them can spread."""
+    return torch.where(keep_B[:, None], upcast(z_BC), 0.0)
 
 
 def counted_rows(target: Tensor, ignore_index: int) -> Tensor:
@@ -168,16 +189,22 @@ def counted_rows(target: Tensor, ignore_index: int) -> Tensor:
 
 
 def mean_over(row_B: Tensor, keep_B: Tensor) -> Tensor:
-    """Mean over the counted rows, 0 if there is none; ignored rows get no gradient even if they are NaN."""
+    """Mean over the counted rows, 0 if there is none."""
     return torch.where(keep_B, row_B, 0.0).sum() / keep_B.sum().clamp(min=1)
 
 
-def weighted_sum(terms: Tensor, weights: object) -> Tensor:
-    """Sum of weight * term. A number 0 takes the term out of the graph."""
+def weighted_sum(
+    terms: list[Tensor], weights: Sequence[float] | Tensor, *learners: Tensor
+) -> Tensor:
+    """Sum of weight * term. A number 0 takes the term out of the graph, whatever its value.
+
+    Every learner stays on the graph (by the sum of none of its rows), so that it gets a gradient,
+    zeros if need be, under any weights.
+    """
+    anchor = torch.stack([z_BC[:0].sum() for z_BC in learners]).sum()
     if isinstance(weights, Tensor):
-        return (weights.to(terms.dtype).detach() * terms).sum()
-    kept = [w * terms[i] for i, w in enumerate(astuple(weights)) if w != 0]  # type: ignore[call-overload]
-    return torch.stack(kept).sum() if kept else terms.sum() * 0.0
+        return (weights.to(anchor.dtype).detach() * torch.stack(terms)).sum() + anchor
+    return sum((w * t for w, t in zip(weights, terms, strict=True) if w != 0), start=anchor)
 
 
 def correct_count(z_BC: Tensor, target: Tensor, keep_B: Tensor) -> Tensor:
@@ -196,8 +223,8 @@ def check_logits(target: Tensor, tau: float, label_smoothing: float, **logits: T
     for name, z in others:
         if z.shape != first.shape or z.dtype != first.dtype or z.device != first.device:
             raise ValueError(
-                f"{name}: expected {first.dtype} {list(first.shape)} on {first.device} like {first_name}, "
-                f"got {z.dtype} {list(z.shape)} on {z.device}"
+                f"{name}: expected {first.dtype} {list(first.shape)} on {first.device} like "
+                f"{first_name}, got {z.dtype} {list(z.shape)} on {z.device}"
             )
     shape = first.shape if target.is_floating_point() else first.shape[:1]
     if target.shape != shape or target.device != first.device or target.dtype in _NOT_LABELS:

@@ -2,12 +2,12 @@
 
     y = conv(x, weight) + bias              dL/dx = conv_transpose(dL/dy, weight)
 
-The backward needs the weight and the shape of x, not x itself, so a frozen network on the way of a gradient
-(the prompt path through a frozen backbone) keeps no input alive for it; autograd's own convolution saves x
-even where the weight asks for no gradient.
+The backward needs the weight and the shape of x, not x itself, so a frozen network on the way of
+a gradient (the prompt path through a frozen backbone) keeps no input alive for it; autograd's own
+convolution saves x even where the weight asks for no gradient.
 
-In: x [N, C, H, W] and weight [C_out, C / groups, kh, kw] of one floating dtype, any device and layout.
-MACs: N H_out W_out C_out (C / groups) kh kw, once forward and once backward.
+In: x [N, C, H, W] and weight [C_out, C / groups, kh, kw] of one floating dtype, any device and
+layout. MACs: N H_out W_out C_out (C / groups) kh kw, once forward and once backward.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor
 
 from .backend import choose
@@ -88,13 +89,23 @@ def frozen_conv2d(
             f"frozen_conv2d: expected x [N, C, H, W] and weight [C_out, C / {groups}, kh, kw], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
+    if torch.is_autocast_enabled(x.device.type):  # autograd.Function is out of autocast's sight
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(
-            f"weight: expected {x.dtype} on {x.device} like x, got {weight.dtype} on {weight.device}"
+            f"weight: expected {x.dtype} on {x.device} like x, "
+            f"got {weight.dtype} on {weight.device}"
         )
-    choose("frozen_conv2d", x)
     if bias is not None:
+        if bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device:
+            raise ValueError(
+                f"bias: expected {x.dtype} [{weight.shape[0]}] on {x.device}, "
+                f"got {bias.dtype} {list(bias.shape)} on {bias.device}"
+            )
         bias = bias.detach()
+    choose("frozen_conv2d", x)
     return frozen_conv2d_reference(
         x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups
     )

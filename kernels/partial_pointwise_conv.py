@@ -1,16 +1,19 @@
-"""Partial convolution followed by a pointwise convolution, with the neighbouring BatchNorms' work around it.
+"""Partial convolution followed by a pointwise convolution, with the neighbouring BatchNorms' work
+around it.
 
     h = act(x * scale + shift) + residual                 act = ReLU or identity
-    h[:, :c_p] = conv_kxk(h[:, :c_p])                     stride 1, odd k, zero padding of h; c_p = 0: none
-    y = point_weight h                                    1x1 convolution, in groups
+    h[:, :c_p] = conv_kxk(h[:, :c_p])                     stride 1, odd k, zero padding of h; c_p
+    = 0: none y = point_weight h                                    1x1 convolution, in groups
     sums_c = sum_nhw y,   squared_sums_c = sum_nhw y^2    what the next BatchNorm needs
 
-One family serves every convolution of a prompt block (down, three scales, up) and the fusion block (residual:
-x + P(x)). Partial convolution: FasterNet (arXiv 2303.03667); the arrangement in DFPT-KD (arXiv 2506.18244).
+One family serves every convolution of a prompt block (down, three scales, up) and the fusion
+block (residual: x + P(x)). Partial convolution: FasterNet (arXiv 2303.03667); the arrangement in
+DFPT-KD (arXiv 2506.18244).
 
-In: x [N, C, H, W], contiguous or channels_last, any floating dtype. Out: y [N, C_out, H, W] in x's dtype; sums
-and squared_sums [C_out] in fp32 (fp64 for fp64 input). Convolutions accumulate in fp32 or better.
-MACs: N H W (k^2 c_p^2 + C_out C / groups). Bytes moved by one pass: read x (and residual), write y.
+In: x [N, C, H, W], contiguous or channels_last, any floating dtype. Out: y [N, C_out, H, W] in
+x's dtype; sums and squared_sums [C_out] in fp32 (fp64 for fp64 input). Convolutions accumulate in
+fp32 or better. MACs: N H W (k^2 c_p^2 + C_out C / groups). Bytes moved by one pass: read x (and
+residual), write y.
 """
 
 from __future__ import annotations
@@ -133,10 +136,13 @@ def _check(
         or point_weight.shape[1] * groups != channels
     ):
         raise ValueError(
-            f"point_weight: expected [C_out, {channels} / groups] with groups={groups} dividing both, "
-            f"got {list(point_weight.shape)}"
+            f"point_weight: expected [C_out, {channels} / groups] with groups={groups} dividing "
+            f"both, got {list(point_weight.shape)}"
         )
-    for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)) + (
+    for name, tensor in (
+        ("scale", scale),
+        ("shift", shift),
+        ("residual", residual),
         ("partial_weight", partial_weight),
         ("point_weight", point_weight),
     ):

@@ -1,6 +1,7 @@
 """Named variations of any recipe: controls and ablations, as `--arm NAME`.
 
-Each takes the recipe's configuration and returns the arm's. Requirement numbers refer to the method reference.
+Each takes the recipe's configuration and returns the arm's. Requirement numbers refer to the
+method reference.
 """
 
 from __future__ import annotations

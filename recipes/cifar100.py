@@ -1,11 +1,13 @@
-"""CIFAR-100: every teacher-student pair of the usual tables, under the protocol of mdistiller and RepDistiller.
+"""CIFAR-100: every teacher-student pair of the usual tables, under the protocol of mdistiller and
+RepDistiller.
 
-240 epochs, batch 64, SGD 0.9, weight decay 5e-4, learning rate 0.05 (0.01 for MobileNetV2 and the ShuffleNets),
-times 0.1 after epochs 150, 180, 210; random crop with padding 4, flip (stated by both repositories). What DFPT-KD
-adds - its loss weights, temperature, r1, kernels, learning rates - is *our reading*: not known to us from the paper.
+240 epochs, batch 64, SGD 0.9, weight decay 5e-4, learning rate 0.05 (0.01 for MobileNetV2 and the
+ShuffleNets), times 0.1 after epochs 150, 180, 210; random crop with padding 4, flip (stated by both
+repositories). What DFPT-KD adds - its loss weights, temperature, r1, kernels, learning rates - is
+*our reading*: not known to us from the paper.
 
-Published top-1 in percent, mean or single run as their sources have it: T teacher, S student alone, KD at
-tau = 4 (RepDistiller), DKD (mdistiller), DIST (hunto/DIST_KD or zkxufo/TTM).
+Published top-1 in percent, mean or single run as their sources have it: T teacher, S student
+alone, KD at tau = 4 (RepDistiller), DKD (mdistiller), DIST (hunto/DIST_KD or zkxufo/TTM).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from ..engine.config import (
     TeacherConfig,
 )
 
-# r1 = 16 with grouped fusion keeps wide teachers under 10 % added MACs; `--arm dense_fusion` is the dense one.
+# r1 = 16 with grouped fusion keeps wide teachers under 10 % added MACs; `--arm dense_fusion` is
+# the dense one.
 WIDE_TEACHER = PromptConfig(r1=16, fusion_groups=4)
 
 
@@ -47,7 +50,8 @@ def _pair(
     )
 
 
-# Same style -----------------------------------------------------------------------------------------------
+# Same style
+# -----------------------------------------------------------------------------------------------
 
 
 def wrn_40_2_wrn_16_2(method: str = "dfpt") -> RunConfig:
@@ -100,7 +104,8 @@ def vgg13_vgg8(method: str = "dfpt") -> RunConfig:
     )  # fmt: skip
 
 
-# Different style ------------------------------------------------------------------------------------------
+# Different style
+# ------------------------------------------------------------------------------------------
 
 
 def vgg13_mobilenetv2(method: str = "dfpt") -> RunConfig:
@@ -120,7 +125,8 @@ def resnet50_mobilenetv2(method: str = "dfpt") -> RunConfig:
 
 
 def resnet50_vgg8(method: str = "dfpt") -> RunConfig:
-    """T 79.34, S 70.36, KD 73.81, DKD 75.34 (SDD), DIST 74.11. DKD's beta: that of resnet50_mobilenetv2."""
+    """T 79.34, S 70.36, KD 73.81, DKD 75.34 (SDD), DIST 74.11. DKD's beta: that of
+    resnet50_mobilenetv2."""
     return _pair(
         "resnet50_vgg8", "ResNet50", "vgg8", method,
         teacher_top1=79.34, dkd_beta=8, prompt=WIDE_TEACHER,
@@ -144,7 +150,8 @@ def resnet32x4_shufflenetv2(method: str = "dfpt") -> RunConfig:
 
 
 def wrn_40_2_shufflenetv1(method: str = "dfpt") -> RunConfig:
-    """The paper's headline pair: DFPT-KD+ 78.29 (stated). T 75.61, S 70.50, KD 74.83, DKD 76.70, DIST 76.40."""
+    """The paper's headline pair: DFPT-KD+ 78.29 (stated). T 75.61, S 70.50, KD 74.83, DKD 76.70,
+    DIST 76.40."""
     return _pair(
         "wrn_40_2_shufflenetv1", "wrn_40_2", "ShuffleV1", method,
         teacher_top1=75.61, dkd_beta=8, lr=0.01,

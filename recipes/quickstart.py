@@ -1,4 +1,5 @@
-"""Quick start: a teacher that has seen all of Fashion-MNIST, a student with a hundred labels a class."""
+"""Quick start: a teacher that has seen all of Fashion-MNIST, a student with a hundred labels a
+class."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from ..engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, Teac
 
 
 def quickstart(method: str = "dfpt") -> RunConfig:
-    """Minutes on two CPU cores; on a GPU more data and longer training. Trains and keeps its own teacher.
+    """Minutes on two CPU cores; on a GPU more data and longer training. Trains and keeps its own
+    teacher.
 
     It shows that everything works and what came out; it is too small to rank methods.
     """

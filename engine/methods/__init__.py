@@ -25,8 +25,8 @@ _FROZEN_TEACHER = {
 def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | None) -> Method:
     """The method that `config` names, around a student and (but for `ce`) a pre-trained teacher.
 
-    The student must exist before this call: prompt modules draw from the random stream after it, so that a
-    student starts from the same weights under every method.
+    The student must exist before this call: prompt modules draw from the random stream after it,
+    so that a student starts from the same weights under every method.
     """
     if config.method == "ce":
         return CrossEntropy(student, config.loss)

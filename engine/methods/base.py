@@ -27,8 +27,8 @@ class StepOutput:
 class Method(nn.Module):
     """A student, what teaches it, and their losses.
 
-    A method is called with normalised images [B, 3, H, W], labels int64 [B] and `distillation`, the factor in
-    [0, 1] by which the warm-up scales every term that is no label cross-entropy.
+    A method is called with normalised images [B, 3, H, W], labels int64 [B] and `distillation`,
+    the factor in [0, 1] by which the warm-up scales every term that is no label cross-entropy.
     """
 
     term_names: tuple[str, ...] = ()

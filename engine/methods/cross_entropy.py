@@ -1,6 +1,6 @@
 """`ce`: labels only. The student-only baseline, and how teachers are trained.
 
-    L = CE(z_S, y)
+L = CE(z_S, y)
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def path_weights(loss: LossConfig, distillation: float) -> DualPathWeights:
 
 
 class DualPathDistillation(Method):
-    """Student and prompt path trained together; DFPT-KD+ where the teacher has a copied backbone."""
+    """Student and prompt path trained together; DFPT-KD+ where the teacher has a copied
+    backbone."""
 
     term_names = TERMS
 
@@ -100,9 +101,9 @@ class MixtureControl(FrozenTeacherMethod):
     """Control arm (M21): no prompt modules, their optimum in closed form as the soft target.
 
     For fixed targets at one temperature the unconstrained minimiser of lambda_T KL(p_T || p) +
-    lambda_S KL(p_S || p) is the arithmetic mixture of p_T and p_S; at tau = 1 the one-hot label joins with
-    weight v_ce. With reversed arguments it is the normalised geometric mean (which a one-hot would make
-    degenerate, so there v_ce has no part).
+    lambda_S KL(p_S || p) is the arithmetic mixture of p_T and p_S; at tau = 1 the one-hot label
+    joins with weight v_ce. With reversed arguments it is the normalised geometric mean (which a
+    one-hot would make degenerate, so there v_ce has no part).
     """
 
     term_names = TERMS[:3]

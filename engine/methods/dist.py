@@ -22,7 +22,8 @@ def pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
 
 
 class StrongTeacherDistillation(FrozenTeacherMethod):
-    """Published weights: CE 1, both correlations 2 (KD weight 2 times 1), tau 4 on CIFAR-100, 1 on ImageNet."""
+    """Published weights: CE 1, both correlations 2 (KD weight 2 times 1), tau 4 on CIFAR-100, 1
+    on ImageNet."""
 
     term_names = ("ce", "inter", "intra")
 
@@ -33,7 +34,9 @@ class StrongTeacherDistillation(FrozenTeacherMethod):
         p_S, p_T = (student / loss.tau).softmax(dim=1), (teacher / loss.tau).softmax(dim=1)
         inter = loss.tau**2 * (1 - pearson(p_S, p_T, dim=1).mean())
         intra = loss.tau**2 * (1 - pearson(p_S, p_T, dim=0).mean())
-        total = loss.dist_ce * ce + distillation * (loss.dist_inter * inter + loss.dist_intra * intra)
+        total = loss.dist_ce * ce + distillation * (
+            loss.dist_inter * inter + loss.dist_intra * intra
+        )
         terms = {"ce": ce, "inter": inter, "intra": intra}
         return StepOutput(
             total,

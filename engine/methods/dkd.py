@@ -22,7 +22,8 @@ from .base import FrozenTeacherMethod, StepOutput
 
 
 class DecoupledKL(NamedTuple):
-    """Parts of KL(p_T || p_S) by row, [B] each; target + (1 - target_prob) * nontarget is the whole."""
+    """Parts of KL(p_T || p_S) by row, [B] each; target + (1 - target_prob) * nontarget is the
+    whole."""
 
     target: Tensor
     nontarget: Tensor
@@ -45,7 +46,8 @@ def decoupled_kl(supervisor: Tensor, learner: Tensor, target: Tensor, tau: float
         scaled = upcast(z) / tau
         others = scaled.masked_fill(is_target_BC, -torch.inf)
         log_target = scaled.log_softmax(dim=1).gather(1, target[:, None])  # [B, 1]
-        # log(1 - p_t) by a difference of log-sums: 1 - exp(log p_t) would lose all digits as p_t -> 1.
+        # log(1 - p_t) by a difference of log-sums: 1 - exp(log p_t) would lose all digits as p_t
+        # -> 1.
         log_others = (others.logsumexp(dim=1) - scaled.logsumexp(dim=1))[:, None]
         return torch.cat([log_target, log_others], dim=1), others.log_softmax(dim=1)
 
@@ -56,7 +58,8 @@ def decoupled_kl(supervisor: Tensor, learner: Tensor, target: Tensor, tau: float
 
 
 class DecoupledDistillation(FrozenTeacherMethod):
-    """beta by pair as published; a warm-up of 20 epochs on CIFAR-100 is part of the method's protocol."""
+    """beta by pair as published; a warm-up of 20 epochs on CIFAR-100 is part of the method's
+    protocol."""
 
     term_names = ("ce", "target", "nontarget")
 

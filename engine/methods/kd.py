@@ -1,6 +1,6 @@
 """`kd`: vanilla knowledge distillation (Hinton et al., arXiv 1503.02531).
 
-    L = kd_ce CE(z_S, y) + kd_kl tau^2 KL(p_T || p_S)
+L = kd_ce CE(z_S, y) + kd_kl tau^2 KL(p_T || p_S)
 """
 
 from __future__ import annotations
@@ -29,5 +29,7 @@ class KnowledgeDistillation(FrozenTeacherMethod):
             reverse_kl=loss.reverse_kl,
         )
         return StepOutput(
-            result.total, dict(zip(self.term_names, result.terms.unbind(), strict=True)), result.correct
+            result.total,
+            dict(zip(self.term_names, result.terms.unbind(), strict=True)),
+            result.correct,
         )

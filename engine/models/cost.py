@@ -1,12 +1,13 @@
 """Parameters and MACs of a dual-path teacher and of a training step, counted on meta tensors.
 
-MACs come from torch's FlopCounterMode (2 FLOP a MAC; convolutions and matrix products) on eager modules, so
-nothing is read, allocated or run. Formulas of a step (forward 1, input gradient 1, weight gradient 1):
+MACs come from torch's FlopCounterMode (2 FLOP a MAC; convolutions and matrix products) on eager
+modules, so nothing is read, allocated or run. Formulas of a step (forward 1, input gradient 1,
+weight gradient 1):
 
     ce          3 M_S
     kd family   M_T + 3 M_S
-    dfpt        M_T + 3 M_S + 2 (M_T - M_A1 - M_H) + 3 M_phi      frozen stages: forward + input gradient
-    dfpt_plus   M_T + 3 M_S + 3 (M_T - M_H) + 3 M_phi             copied stages: all three
+    dfpt        M_T + 3 M_S + 2 (M_T - M_A1 - M_H) + 3 M_phi      frozen stages: forward + input
+    gradient dfpt_plus   M_T + 3 M_S + 3 (M_T - M_H) + 3 M_phi             copied stages: all three
 
 *Our reading* of the paper, whose own cost table is not known to us.
 """

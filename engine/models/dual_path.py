@@ -3,9 +3,9 @@
     original path   x -> A_1 -> ... -> A_N -> H_theta -> z_T        frozen, eval mode, no gradient
     prompt path     x -> A_1 -> (P_1, F_1) -> A_2 -> ... -> A_N -> (P_N, F_N) -> H_phi -> z_P
 
-DFPT-KD: both paths run the same frozen stages, and A_1 (with the stem) is computed once. DFPT-KD+: the prompt
-path has its own, trained copy of the stages. Structure as stated by reviews of arXiv 2506.18244; that A_1 can be
-shared and that DFPT-KD+ needs a copy is inferred.
+DFPT-KD: both paths run the same frozen stages, and A_1 (with the stem) is computed once.
+DFPT-KD+: the prompt path has its own, trained copy of the stages. Structure as stated by reviews
+of arXiv 2506.18244; that A_1 can be shared and that DFPT-KD+ needs a copy is inferred.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ class DualPathTeacher(nn.Module):
     """A frozen teacher with a second, trainable forward path.
 
     Args:
-        teacher: A pre-trained classifier. It is taken over: put in eval mode, its parameters frozen, its
-            in-place activations made out-of-place (both paths read the same tensors).
+        teacher: A pre-trained classifier. It is taken over: put in eval mode, its parameters
+            frozen, its in-place activations made out-of-place (both paths read the same tensors).
         prompt: Shape of prompt and fusion blocks.
         finetune_backbone: DFPT-KD+: the prompt path trains its own copy of the stages and the neck.
         at: Module paths that end a stage, for a model without stages of its own.
 
     Raises:
-        UsageError: `prompt.insert_stages` names a stage that the teacher has not, or the model cannot be split.
+        UsageError: `prompt.insert_stages` names a stage that the teacher has not, or the model
+        cannot be split.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class DualPathTeacher(nn.Module):
             }
         )
         self.finetune_backbone = finetune_backbone
-        # Frozen batch statistics are what `eval` means; with bn_mode="train" the frozen path normalises by the
-        # batch, so it gets buffers of its own (parameters stay shared) and the teacher's are left alone.
+        # Frozen batch statistics are what `eval` means; with bn_mode="train" the frozen path
+        # normalises by the batch, so it gets buffers of its own (parameters stay shared) and the
+        # teacher's are left alone.
         self.copied: Trunk | None = None
         if finetune_backbone:
             self.copied = copy.deepcopy(self.original).requires_grad_(True)
@@ -161,7 +163,8 @@ class DualPathTeacher(nn.Module):
 
         Args:
             images: [B, 3, H, W], normalised.
-            first: Output of the original path's stage 1 for these images, used where the stage is shared.
+            first: Output of the original path's stage 1 for these images, used where the stage is
+                shared.
         """
         trunk = self.copied if self.copied is not None else self.original
         x = images
@@ -179,10 +182,12 @@ class DualPathTeacher(nn.Module):
 
     @contextmanager
     def prompt_norms(self) -> Iterator[dict[str, Tensor]]:
-        """Collects the mean of ||P_i(x_i)|| / ||x_i|| per stage from every forward pass made inside (M47).
+        """Collects the mean of ||P_i(x_i)|| / ||x_i|| per stage from every forward pass made
+        inside (M47).
 
         Yields:
-            Stage name -> (sum of ratios, number of images), both 0-d on the device, as a [2] tensor.
+            Stage name -> (sum of ratios, number of images), both 0-d on the device, as a [2]
+            tensor.
         """
         ratios: dict[str, Tensor] = {}
 

@@ -1,11 +1,12 @@
 """Prompt block P_i and fusion block F_i of one teacher stage: x -> F_i(x + P_i(x)).
 
-    P_i = 1x1 down (C -> m), then for each kernel k: partial convolution (first c_p of m channels), 1x1;
-          then 1x1 up (m -> C)                            m = max(C / r1, min_width), c_p = max(round(m r2), 1)
-    F_i = 1x1 (C -> C)
+    P_i = 1x1 down (C -> m); for each kernel k: partial convolution (first c_p of m channels), 1x1;
+          1x1 up (m -> C)
+    F_i = 1x1 (C -> C)                m = max(C / r1, min_width), c_p = max(round(m r2), 1)
 
-The blocks and their order are stated by reviews of arXiv 2506.18244; normalisation, activation, initialisation
-and the values of r1, r2 and the kernels are *our reading* (not known to us from the paper).
+The blocks and their order are stated by reviews of arXiv 2506.18244; normalisation, activation,
+initialisation and the values of r1, r2 and the kernels are *our reading* (not known to us from
+the paper).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..errors import UsageError
 
 
 class PartialConv2d(nn.Module):
-    """k x k convolution of the first c_p channels; the rest passes untouched (FasterNet, arXiv 2303.03667)."""
+    """k x k convolution of the first c_p channels; the rest passes untouched (FasterNet, arXiv
+    2303.03667)."""
 
     def __init__(self, touched: int, kernel: int) -> None:
         super().__init__()
@@ -62,8 +64,8 @@ class PromptFusion(nn.Module):
     Args:
         channels: C, channels of the stage's output.
         config: Shape of the blocks.
-        post_relu: Whether the stage's output is non-negative; `fusion_act="auto"` then ends in a ReLU, which
-            keeps the input domain of the frozen next stage.
+        post_relu: Whether the stage's output is non-negative; `fusion_act="auto"` then ends in a
+            ReLU, which keeps the input domain of the frozen next stage.
 
     Raises:
         UsageError: `fusion_groups` does not divide the channels.
@@ -111,7 +113,8 @@ class PromptFusion(nn.Module):
 def _pointwise(
     channels_in: int, channels_out: int, norm: str, act: str, groups: int = 1
 ) -> nn.Sequential:
-    """1x1 convolution, normalisation, activation; the convolution has a bias only without BatchNorm."""
+    """1x1 convolution, normalisation, activation; the convolution has a bias only without
+    BatchNorm."""
     layers: list[nn.Module] = [
         nn.Conv2d(channels_in, channels_out, 1, bias=norm == "none", groups=groups)
     ]

@@ -1,0 +1,36 @@
+# make test    environment (first time), style check and tests      make lint    style and types
+# make demo    the four methods on Fashion-MNIST and one report     make native  the CPU library again
+# PYTHON=...   interpreter of the new environment                   DEMO_FLAGS=...  options of each demo run
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+METHODS := ce kd dfpt dfpt_plus
+
+.PHONY: install test lint native demo
+
+install: $(STAMP)
+
+# torch comes first: the native library is built against it, and no build isolation may fetch another.
+$(STAMP): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "torch>=2.11" "torchvision>=0.26" "setuptools>=77" cmake
+	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+native: $(STAMP)
+	$(BIN)/dfptkd doctor --build-native
+
+demo: $(STAMP)
+	for method in $(METHODS); do \
+	  $(BIN)/dfptkd train quickstart --method $$method --seeds 0,1,2 $(DEMO_FLAGS) || exit $$?; \
+	done
+	$(BIN)/dfptkd report runs/quickstart-*-seed* --out runs/quickstart.html

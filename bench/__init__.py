@@ -1,0 +1,1 @@
+"""Measurements of kernels, steps, data and overhead."""

@@ -1,0 +1,78 @@
+"""Signs that a run goes wrong in one of the ways the paper's summary names, as pure functions.
+
+The trainer calls them while a run goes on, the report calls them again on what a run has left.
+Thresholds are *our reading*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def saturates_early(
+    prompt_top1: Iterable[tuple[float, float]],
+    teacher_top1: float,
+    total_epochs: float,
+    *,
+    margin: float = 0.5,
+    share: float = 0.1,
+) -> float | None:
+    """First epoch at which the prompt path is already as good as the teacher, or None.
+
+    A prompt path that starts out as the teacher (identity initialisation) shows the student no
+    easy-to-hard path. A short run is judged by its first epoch, since a tenth of it ends before
+    anything is measured.
+
+    Args:
+        prompt_top1: (epochs completed, accuracy in percent) of the prompt path, in any order.
+        teacher_top1: accuracy of the original path, in percent.
+        total_epochs: epochs of the whole run.
+        margin: points under the teacher that count as "as good".
+        share: share of the run, from its start, in which that is too early.
+    """
+    early = max(share * total_epochs, 1.0)
+    epochs = [e for e, top1 in prompt_top1 if e <= early and top1 >= teacher_top1 - margin]
+    return min(epochs, default=None)
+
+
+def overhead_warning(added: int, base: int, what: str, limit: float = 10.0) -> str | None:
+    """One line if prompt and fusion blocks cost more than `limit` percent of the teacher.
+
+    Args:
+        added: what the blocks add.
+        base: what the teacher has.
+        what: name of the quantity, "parameters" or "MACs".
+        limit: percent above which the line is given.
+    """
+    percent = 100.0 * added / base
+    if percent <= limit:
+        return None
+    return (
+        f"prompt and fusion blocks add {percent:.1f} % to the teacher's {what}, above {limit:g} %: "
+        "a larger prompt.r1 or prompt.fusion_groups makes them cheaper"
+    )
+
+
+def saturation_warning(epoch: float, total_epochs: float) -> str:
+    """The line that goes with an epoch from `saturates_early`."""
+    return (
+        f"the prompt path is as good as the teacher after {epoch:g} of {total_epochs:g} epochs: "
+        "the student sees no easy-to-hard path"
+    )
+
+
+def fusion_warning() -> str:
+    """The line of a run whose prompt blocks have no fusion block behind them."""
+    return (
+        "prompt blocks without fusion (prompt.fusion=False): the next stage reads x + P(x) itself"
+    )
+
+
+def teacher_warning(top1: float, expected_top1: float | None, tolerance: float = 2.0) -> str | None:
+    """One line if the teacher is more than `tolerance` points under what its recipe counts on."""
+    if expected_top1 is None or top1 >= expected_top1 - tolerance:
+        return None
+    return (
+        f"the teacher reaches {top1:.2f} %, {expected_top1 - top1:.2f} points under the recipe's "
+        f"{expected_top1:.2f} %: results are not comparable with published ones"
+    )

@@ -1,0 +1,267 @@
+"""What every data source hands over: an ImageData of two splits that give batches of raw images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import DataConfig
+from ..errors import DataError
+from .order import crop_offsets, flips
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Raw images with what `kernels.normalize_images` needs to crop and flip them on the fly."""
+
+    images: Tensor
+    """uint8 [B, H, W, 3]."""
+    labels: Tensor
+    """int64 [B]."""
+    crop: tuple[int, Tensor] | None
+    """(padding in pixels, offsets int64 [B, 2]: row, column in 0..2 * padding); None: no crop."""
+    flip: Tensor | None
+    """bool [B]; None: no flip."""
+    indices: Tensor
+    """int64 [B], sample numbers within the (limited) split."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; asynchronous out of pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Any) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.crop is not None:
+            values["crop"] = (self.crop[0], function(self.crop[1]))
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = function(value)
+        return Batch(**values)
+
+
+class Split:
+    """One split of a data set; a source subclasses it."""
+
+    labels: Tensor
+    """int64 [N], on the device where indices are cheapest."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+        """The samples `indices` on the run's device, augmented if this is a training split.
+
+        Args:
+            indices: int64 [B], sample numbers in 0..N-1.
+            seed: seed of the run.
+            epoch: epoch from 0; with `seed` and the sample number it fixes the augmentation.
+        """
+        raise NotImplementedError
+
+
+class DecodingSplit(Split):
+    """A split whose batches cost enough CPU time to be made in worker processes."""
+
+    device: torch.device
+    """Where `batch` puts them."""
+
+    def decode(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+        """`batch` on the CPU; touches no GPU, so that a forked process may run it."""
+        raise NotImplementedError
+
+    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+        """See `Split.batch`."""
+        return self.decode(indices.cpu(), seed=seed, epoch=epoch).to(self.device)
+
+
+class Augmentation:
+    """Random crop and flip of one training split.
+
+    Drawn for all samples at once when the epoch changes: a hash is some 15 small kernels, too many
+    launches for every step.
+    """
+
+    def __init__(self, num_samples: int, crop_padding: int, flip: bool, device: torch.device):
+        self.ids = torch.arange(num_samples, device=device)
+        self.crop_padding, self.flip = crop_padding, flip
+        self._drawn_for: tuple[int, int] | None = None
+        self._offsets: Tensor | None = None  # [N, 2]
+        self._flips: Tensor | None = None  # [N]
+
+    def __call__(
+        self, indices: Tensor, seed: int, epoch: int
+    ) -> tuple[tuple[int, Tensor] | None, Tensor | None]:
+        """`Batch.crop` and `Batch.flip` of the samples `indices` (int64 [B])."""
+        if self._drawn_for != (seed, epoch):
+            if self.crop_padding:
+                self._offsets = crop_offsets(seed, epoch, self.ids, self.crop_padding)
+            if self.flip:
+                self._flips = flips(seed, epoch, self.ids)
+            self._drawn_for = (seed, epoch)
+        crop = None if self._offsets is None else (self.crop_padding, self._offsets[indices])
+        return crop, None if self._flips is None else self._flips[indices]
+
+
+class ResidentSplit(Split):
+    """A split that lies in the device's memory as a whole."""
+
+    def __init__(self, images: Tensor, labels: Tensor, augmentation: Augmentation | None):
+        self.images = images  # uint8 [N, H, W, 3]
+        self.labels = labels
+        self.augmentation = augmentation
+
+    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+        """See `Split.batch`."""
+        indices = indices.to(self.labels.device, non_blocking=True)
+        crop, flip = self.augmentation(indices, seed, epoch) if self.augmentation else (None, None)
+        return Batch(self.images[indices], self.labels[indices], crop, flip, indices)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: both splits and what a model must know about them."""
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    class_names: list[str]
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+    mean: tuple[float, float, float]
+    """Mean of each channel, pixels in 0..1."""
+    std: tuple[float, float, float]
+    """Standard deviation of each channel, pixels in 0..1."""
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """The arrays of one split, as read."""
+
+    images: np.ndarray
+    """uint8 [N, H, W, 3]."""
+    labels: np.ndarray
+    """int64 [N]."""
+
+
+def resident_data(
+    config: DataConfig,
+    device: torch.device,
+    train: RawSplit,
+    test: RawSplit,
+    *,
+    class_names: list[str],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    default_padding: int,
+) -> ImageData:
+    """An `ImageData` whose images, cut to the configured limits, lie on `device`."""
+    train_limit, test_limit = split_limits(config)
+
+    def resident(raw: RawSplit, limit: int | None) -> tuple[Tensor, Tensor]:
+        labels = torch.from_numpy(raw.labels)
+        chosen = spread_over_classes(labels, limit)
+        images = torch.from_numpy(raw.images)[chosen]
+        return images.to(device), labels[chosen].to(device)
+
+    train_images, train_labels = resident(train, train_limit)
+    padding = default_padding if config.crop_padding is None else config.crop_padding
+    augmentation = Augmentation(len(train_labels), padding, config.flip, device)
+    return ImageData(
+        name=config.name,
+        train=ResidentSplit(train_images, train_labels, augmentation),
+        test=ResidentSplit(*resident(test, test_limit), augmentation=None),
+        num_classes=len(class_names),
+        class_names=class_names,
+        image_size=(train.images.shape[1], train.images.shape[2]),
+        mean=mean,
+        std=std,
+    )
+
+
+def split_limits(config: DataConfig) -> tuple[int | None, int | None]:
+    """Most images of the training and of the test split."""
+    limits = [limit for limit in (config.limit, config.train_limit) if limit is not None]
+    return min(limits, default=None), config.limit
+
+
+def spread_over_classes(labels: Tensor, limit: int | None) -> Tensor:
+    """Which samples a limited split keeps: the first of every class, then the second of every one.
+
+    Only the order within a class matters: archives that interleave the classes differently give
+    the same images.
+
+    Args:
+        labels: int64 [N].
+        limit: most samples to keep; None or N and more: all of them.
+
+    Returns:
+        int64 [min(N, limit)], sample numbers: round robin over the classes if cut, else 0..N-1.
+    """
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    by_class = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels)
+    starts = torch.cumsum(counts, 0) - counts
+    rank_in_class = torch.arange(len(labels)) - starts[labels[by_class]]
+    return by_class[torch.argsort(rank_in_class, stable=True)][:limit]
+
+
+def find_root(root: str | None, looked_for: str) -> Path:
+    """The data folder: `--data.root`, else the environment variable DFPTKD_DATA.
+
+    Args:
+        root: the configured folder.
+        looked_for: what the folder should hold, for the message.
+
+    Raises:
+        DataError: neither is set, or the folder does not exist.
+    """
+    origin = "--data.root" if root else "DFPTKD_DATA"
+    root = root or os.environ.get("DFPTKD_DATA")
+    if not root:
+        raise DataError(
+            "no data folder: set --data.root or the environment variable DFPTKD_DATA to a folder "
+            f"that holds {looked_for}"
+        )
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{origin} {path}: no such folder, expected one that holds {looked_for}")
+    return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def check_labels(labels: np.ndarray, num_classes: int, where: object) -> np.ndarray:
+    """`labels` as int64 [N].
+
+    Raises:
+        DataError: a label lies outside 0..num_classes-1.
+    """
+    labels = labels.astype(np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise DataError(
+            f"{where}: label {labels[wrong[0]]} in record {wrong[0]}, expected 0..{num_classes - 1}"
+        )
+    return labels

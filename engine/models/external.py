@@ -1,0 +1,157 @@
+"""torchvision and timm: models by name, their weights, and where their stages end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import DataError, UsageError
+from .names import unknown_name
+from .parts import Parts, pooled_head
+from .weights import first_line, load_strict, read_state_dict
+
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin")
+
+
+def create_torchvision(architecture: str, num_classes: int, weights: str | None) -> nn.Module:
+    """A torchvision classifier; `weights` is a file or a member of the model's weights enum."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if architecture not in known:
+        raise unknown_name("torchvision model", architecture, known)
+    model = models.get_model(architecture, weights=None, num_classes=num_classes)
+    if weights is None:
+        return model
+    if _is_file(weights):
+        load_strict(model, read_state_dict(weights), weights)
+        return model
+
+    enum = models.get_model_weights(architecture)
+    enum_name, _, member = weights.rpartition(".")
+    if enum_name not in ("", enum.__name__) or member not in enum.__members__:
+        raise unknown_name(f"weights of {architecture}", weights, enum.__members__)
+    entry = enum[member]
+    try:
+        state = entry.get_state_dict(
+            map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cannot download {entry} from {entry.url} ({first_line(error)}); pass a file instead"
+        ) from error
+    load_strict(model, state, str(entry))
+    return model
+
+
+def create_timm(architecture: str, num_classes: int, weights: str | None) -> nn.Module:
+    """A timm classifier; `weights` is a file, "pretrained" or a pretrained tag."""
+    timm = _import_timm()
+    base, _, tag = architecture.partition(".")
+    if not timm.is_model(base):
+        raise unknown_name("timm model", base, timm.list_models())
+    from_file = weights is not None and _is_file(weights)
+    if not (weights is None or from_file or weights == "pretrained"):
+        tag = weights
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise unknown_name(f"pretrained tag of timm:{base}", tag, tags)
+    tagged = f"{base}.{tag}" if tag else base
+
+    if weights is None or from_file:
+        model = timm.create_model(tagged, num_classes=num_classes)
+        if weights is not None:
+            load_strict(model, read_state_dict(weights), weights)
+        return model
+    if not tags:
+        raise UsageError(f"timm has no pretrained weights for {base}: pass a file")
+    # timm drops a head of another size silently; here it is an error.
+    classes = timm.get_pretrained_cfg(tagged).num_classes
+    if classes != num_classes:
+        raise DataError(f"timm:{tagged}: has {classes} classes, expected {num_classes}")
+    try:
+        return timm.create_model(tagged, pretrained=True, num_classes=num_classes)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"cannot download the weights of timm:{tagged} ({first_line(error)}); "
+            "pass a file instead"
+        ) from error
+
+
+def external_parts(model: nn.Module) -> Parts | None:
+    """The pieces of a torchvision or timm model of a known class, None for any other.
+
+    The class itself counts, no subclass: one that overrides `forward` would be cut wrongly.
+    """
+    cut = _CUTS.get((type(model).__module__, type(model).__name__))
+    return cut(model) if cut else None
+
+
+class GlobalMean(nn.Module):
+    """[B, C, H, W] -> [B, C], as torchvision's ShuffleNet V2 pools."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean([2, 3])
+
+
+def _torchvision_resnet(model: Any) -> Parts:
+    first = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
+    stages = [first, model.layer2, model.layer3, model.layer4]
+    return Parts(stages, nn.Identity(), pooled_head(model.avgpool, model.fc), [True] * 4)
+
+
+def _torchvision_vgg(model: Any) -> Parts:
+    """A stage opens with the pool that follows the stage before; the last pool is the neck."""
+    layers = list(model.features)
+    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    starts = [0, *pools[:-1]]
+    stages = [model.features[a:b] for a, b in zip(starts, pools, strict=True)]
+    head = pooled_head(model.avgpool, model.classifier)
+    return Parts(stages, model.features[pools[-1] :], head, [True] * len(stages))
+
+
+def _torchvision_mobilenet_v2(model: Any) -> Parts:
+    """The cuts of our CIFAR MobileNet V2: after 24, 32, 96 and 320 channels (times the width)."""
+    ends = (4, 7, 14, 18)
+    stages = [model.features[a:b] for a, b in zip((0, *ends[:-1]), ends, strict=True)]
+    head = pooled_head(nn.AdaptiveAvgPool2d(1), model.classifier)
+    return Parts(stages, model.features[18:], head, [False] * 4)
+
+
+def _torchvision_shufflenet_v2(model: Any) -> Parts:
+    first = nn.Sequential(model.conv1, model.maxpool, model.stage2)
+    head = nn.Sequential(GlobalMean(), model.fc)
+    return Parts([first, model.stage3, model.stage4], model.conv5, head, [True] * 3)
+
+
+def _timm_resnet(model: Any) -> Parts:
+    first = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool, model.layer1)
+    stages = [first, model.layer2, model.layer3, model.layer4]
+    last_blocks = [layer[-1] for layer in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    activations = [block.act3 if hasattr(block, "act3") else block.act2 for block in last_blocks]
+    head = nn.Sequential(model.global_pool, nn.Dropout(float(model.drop_rate)), model.fc)
+    post_relu = [isinstance(activation, nn.ReLU) for activation in activations]
+    return Parts(stages, nn.Identity(), head, post_relu)
+
+
+_CUTS: dict[tuple[str, str], Callable[[Any], Parts]] = {
+    ("torchvision.models.resnet", "ResNet"): _torchvision_resnet,
+    ("torchvision.models.vgg", "VGG"): _torchvision_vgg,
+    ("torchvision.models.mobilenetv2", "MobileNetV2"): _torchvision_mobilenet_v2,
+    ("torchvision.models.shufflenetv2", "ShuffleNetV2"): _torchvision_shufflenet_v2,
+    ("timm.models.resnet", "ResNet"): _timm_resnet,
+}
+
+
+def _is_file(weights: str) -> bool:
+    path = Path(weights)
+    return path.is_file() or path.suffix in FILE_SUFFIXES or len(path.parts) > 1
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError("timm: models need the package timm: pip install timm") from error
+    return timm

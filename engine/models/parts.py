@@ -1,0 +1,53 @@
+"""What a network of several stages says about itself: the pieces its forward pass chains."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Parts(NamedTuple):
+    """Pieces whose chain head(neck(stages(x))) is the forward pass, sharing the model's modules."""
+
+    stages: Sequence[nn.Module]
+    neck: nn.Module
+    """What the backbone still does after its last stage; Identity where there is nothing."""
+    head: nn.Module
+    """Pool, flatten, linear."""
+    post_relu: list[bool]
+    """For each stage: its output is non-negative by construction."""
+
+
+class StagedModel(nn.Module):
+    """A classifier of ours: images [B, 3, H, W] to logits [B, C], cut into stages by `parts`.
+
+    No module may overwrite a stage output in place: prompt and fusion blocks read it too.
+    """
+
+    def parts(self) -> Parts:
+        """The pieces of the forward pass; new containers around the model's own modules."""
+        raise NotImplementedError
+
+
+def pooled_head(pool: nn.Module, linear: nn.Module) -> nn.Sequential:
+    """The usual head: [B, C, H, W] -> [B, C] -> [B, num_classes]."""
+    return nn.Sequential(pool, nn.Flatten(1), linear)
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Initialisation of the CRD definitions: He normal over fan-out, no bias, BatchNorm (1, 0)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """ShuffleNet's interleaving: channel (g, c) of [B, G * C', H, W] moves to (c, g)."""
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, groups, channels // groups, height, width).transpose(1, 2)
+    return x.reshape(batch, channels, height, width)

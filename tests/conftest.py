@@ -1,0 +1,38 @@
+"""Fixtures that several test folders share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of test data beside the checkout."""
+    given = os.environ.get("DFPTKD_TEST_DATA")
+    folder = Path(given) if given else _REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder} (set DFPTKD_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar100_root(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the real cifar-100-binary/."""
+    root = tmp_path_factory.mktemp("cifar100")
+    subprocess.run(
+        [sys.executable, str(shared_data / "unpack_cifar100.py"), str(root)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _no_data_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test finds only the data that it names."""
+    monkeypatch.delenv("DFPTKD_DATA", raising=False)

@@ -1,0 +1,265 @@
+"""One optimisation step: M8, M13, M14, M19, accumulation, clipping, warm-up, averaging, precision."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig
+from dfptkd.engine.data import load_data, train_batches
+from dfptkd.engine.methods import build_method
+from dfptkd.engine.models import create_model
+from dfptkd.engine.step import TrainStep
+
+CPU = torch.device("cpu")
+DATA_CONFIG = DataConfig(name="synthetic", num_classes=10, image_size=16, limit=64)
+DATA = load_data(DATA_CONFIG, CPU)
+DEFAULT = LossConfig()
+OPTIM = OptimConfig(lr=0.02, schedule="constant", weight_decay=0.01)
+
+
+def make_step(method="dfpt", *, loss=DEFAULT, optim=OPTIM, per_epoch=8, eval_mode=False, **run):
+    torch.manual_seed(0)
+    student = create_model("cifar:resnet8", num_classes=10)
+    teacher = None if method == "ce" else create_model("cifar:resnet14", num_classes=10)
+    config = RunConfig(
+        method=method, loss=loss, optim=optim, data=DATA_CONFIG, device="cpu", epochs=1, **run
+    )
+    made = build_method(config, student, teacher).train(not eval_mode)
+    return TrainStep(made, config, DATA, total_steps=100, steps_per_epoch=per_epoch, device=CPU)
+
+
+def batches(size=8, count=4):
+    found = list(train_batches(DATA.train, batch_size=size, seed=0, epoch=0))
+    return found[:count]
+
+
+def train(step, size=8, count=2):
+    for i, batch in enumerate(batches(size, count)):
+        step(batch, i)
+    return step
+
+
+def parameters(step, name):
+    (group,) = (g for g in step.optimizer.param_groups if g["name"] == name)
+    return group["params"]
+
+
+def snapshot(step, name):
+    return [p.detach().clone() for p in parameters(step, name)]
+
+
+def moved(step, name, before):
+    """Whether all parameters of a group have changed; fails if only some have."""
+    changed = {not torch.equal(p, b) for p, b in zip(parameters(step, name), before, strict=True)}
+    assert len(changed) == 1, f"only a part of {name} moved"
+    return changed.pop()
+
+
+def student_state(step):
+    return {k: v.clone() for k, v in step.method.student.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# Updates ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dfpt", "dfpt_plus"])
+@pytest.mark.parametrize("update", ["simultaneous", "alternating"])
+def test_M19_who_moves_in_which_step(update, method):
+    step = make_step(method, loss=LossConfig(update=update))
+    names = [g["name"] for g in step.optimizer.param_groups]
+    assert names == ["student", "prompt", "backbone"][: len(names)]
+    for i, batch in enumerate(batches()):
+        before = {name: snapshot(step, name) for name in names}
+        momentum = {
+            p: step.optimizer.state[p]["momentum_buffer"].clone()
+            for name in names
+            for p in parameters(step, name)
+            if p in step.optimizer.state
+        }
+        step(batch, i)
+        for name in names:
+            rests = update == "alternating" and (name == "student") != (i % 2 == 0)
+            assert moved(step, name, before[name]) != rests
+            if rests:
+                for p in parameters(step, name):
+                    kept = step.optimizer.state[p].get("momentum_buffer")
+                    assert (kept is None) if p not in momentum else torch.equal(kept, momentum[p])
+
+
+def test_M19_alternating_is_another_walk():
+    walks = [
+        train(make_step(loss=LossConfig(update=u)), count=3)
+        for u in ("simultaneous", "alternating")
+    ]
+    assert not same(*(student_state(w) for w in walks))
+
+
+@pytest.mark.parametrize("method", ["dfpt", "dfpt_plus"])
+def test_M8_M13_M14_training_leaves_the_original_path_bit_identical(method):
+    step = make_step(method)
+    original = step.method.teacher.original
+    state = {k: v.clone() for k, v in original.state_dict().items()}
+    images = step.normalise(batches()[0])
+    logits = step.method.teacher_logits(images).clone()
+    prompt_logits = step.method.prompt_logits(images).detach().clone()
+    train(step, count=3)
+    assert same(state, original.state_dict())
+    assert torch.equal(step.method.teacher_logits(images), logits)
+    assert not torch.equal(step.method.prompt_logits(images), prompt_logits)
+
+
+def test_a_step_starts_from_no_gradient():
+    step = train(make_step("ce"), count=1)
+    once = [p.grad.clone() for p in parameters(step, "student")]
+    with torch.no_grad():
+        for p in parameters(step, "student"):
+            p.grad.fill_(1e6)
+    state = student_state(step)
+    other = train(make_step("ce"), count=1)
+    for s in (step, other):
+        s(batches()[1], 1)
+    assert same(student_state(step), student_state(other))
+    assert not same(student_state(step), state)
+    assert any(not torch.equal(p.grad, g) for p, g in zip(step.params, once, strict=True))
+
+
+# Accumulation, clipping, averaging ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dfpt", "dfpt_plus"])
+def test_accumulated_parts_are_one_batch_for_networks_without_batch_statistics(method):
+    """In eval mode; in train mode BatchNorm sees the parts, which is the control."""
+    whole = train(make_step(method, eval_mode=True, global_batch=8))
+    parts = train(make_step(method, eval_mode=True, global_batch=8, accumulate=4))
+    for a, b in zip(whole.params, parts.params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole.meter.sums, parts.meter.sums, rtol=1e-5, atol=1e-5)
+    control = (
+        train(make_step(method, global_batch=8)),
+        train(make_step(method, global_batch=8, accumulate=4)),
+    )
+    gaps = [(a - b).abs().max() for a, b in zip(*(c.params for c in control), strict=True)]
+    assert max(gaps) > 1e-3
+
+
+def test_parts_of_unequal_size_weigh_by_their_images():
+    whole = make_step(eval_mode=True, global_batch=8)
+    parts = make_step(eval_mode=True, global_batch=8, accumulate=2)
+    batch = batches(size=7, count=1)[0]  # a split smaller than a batch: 4 + 3 images
+    for step in (whole, parts):
+        step(batch, 0)
+    for a, b in zip(whole.params, parts.params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert whole.meter.sums[-3] == parts.meter.sums[-3] == 7
+
+
+@pytest.mark.parametrize("limit", [1e-3, None])
+def test_clipping_bounds_the_norm_over_all_groups(limit):
+    optim = OptimConfig(
+        lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant", clip_grad_norm=limit
+    )
+    step = make_step(optim=optim, precision="fp32")
+    before = [p.detach().clone() for p in step.params]
+    train(step, count=1)
+    walked = torch.stack([(p - b).norm() for p, b in zip(step.params, before, strict=True)]).norm()
+    if limit is None:
+        assert walked > 0.1
+    else:
+        assert walked.item() == pytest.approx(limit, rel=1e-2)
+
+
+def test_ema_follows_the_student_and_does_not_steer_it():
+    averaged = make_step(optim=dataclasses.replace(OPTIM, ema_decay=0.5))
+    plain = make_step()
+    assert plain.ema is None
+    expected = None
+    for i, batch in enumerate(batches(count=3)):
+        averaged(batch, i)
+        plain(batch, i)
+        now = student_state(averaged)["fc.weight"]
+        expected = now if expected is None else 0.5 * expected + 0.5 * now
+    torch.testing.assert_close(averaged.ema.module.fc.weight, expected)
+    assert same(student_state(averaged), student_state(plain))
+
+
+def test_the_schedule_moves_once_a_step():
+    optim = OptimConfig(lr=0.1, schedule="step", milestones=(0.01, 0.03), gamma=0.1)
+    step = make_step("ce", optim=optim, accumulate=2, global_batch=8)
+    rates = []
+    for i, batch in enumerate(batches(count=4)):
+        rates.append(step.optimizer.param_groups[0]["lr"])
+        step(batch, i)
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])  # of 100 steps: 1 and 3
+
+
+# Warm-up and precision ----------------------------------------------------------------------------
+
+
+def factors(step, count=6):
+    """The warm-up factor that the method is called with in each step."""
+    seen, forward = [], step.method.forward
+
+    def spy(images, target, distillation=1.0):
+        seen.append(distillation)
+        return forward(images, target, distillation)
+
+    step.method.forward = spy
+    train(step, count=count)
+    return seen
+
+
+def test_distillation_warms_up_linearly_from_zero():
+    assert factors(make_step(loss=LossConfig(warmup_epochs=2.0), per_epoch=2)) == [
+        0.0, 0.25, 0.5, 0.75, 1.0, 1.0,
+    ]  # fmt: skip
+    assert factors(make_step()) == [1.0] * 6
+
+
+def test_warm_up_from_zero_is_labels_only_at_first():
+    """At factor 0 the student gets the gradient of its labels and no other."""
+    warm = train(make_step("kd", loss=LossConfig(kd_ce=1.0, warmup_epochs=1.0)), count=1)
+    labels = train(make_step("ce"), count=1)
+    full = train(make_step("kd", loss=LossConfig(kd_ce=1.0)), count=1)
+    assert same(student_state(warm), student_state(labels))
+    assert not same(student_state(full), student_state(labels))
+
+
+def test_on_the_cpu_auto_means_fp32_without_scaling():
+    step = make_step()
+    assert step.precision == "fp32"
+    assert not step.scaler.is_enabled()
+    with step.autocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights():
+    step = make_step(precision="bf16")
+    assert not step.scaler.is_enabled()
+    with step.autocast():
+        assert step.method.student(torch.zeros(1, 3, 16, 16)).dtype == torch.bfloat16
+    before = student_state(step)
+    train(step, count=2)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in step.params)
+    assert not same(before, student_state(step))
+    assert step.meter.sums.isfinite().all()
+
+
+def test_two_runs_of_the_same_steps_have_the_same_bits():
+    first, second = (train(make_step("dfpt_plus"), count=3) for _ in range(2))
+    assert same(first.method.trained_state(), second.method.trained_state())
+    assert torch.equal(first.meter.sums, second.meter.sums)
+
+
+def test_a_few_steps_lower_the_loss():
+    step = make_step("dfpt", optim=OptimConfig(lr=0.05, schedule="constant"))
+    losses = []
+    for i in range(12):
+        step.meter.reset()
+        step(batches(size=32, count=1)[0], i)
+        losses.append(step.meter.read(has_prompt_path=True)["loss/total"])
+    assert losses[-1] < 0.7 * losses[0]
