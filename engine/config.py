@@ -143,6 +143,10 @@ class TeacherConfig:
         _require(self.epochs >= 1, "teacher.epochs", self.epochs, "an integer of at least 1")
         _require(self.lr > 0, "teacher.lr", self.lr, "a learning rate above 0")
         _require(self.global_batch >= 1, "teacher.global_batch", self.global_batch, "at least 1")
+        _require(
+            self.expected_top1 is None or 0 <= self.expected_top1 <= 100,
+            "teacher.expected_top1", self.expected_top1, "percent",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class LossConfig:
         )
         _require(self.warmup_epochs >= 0, "loss.warmup_epochs", self.warmup_epochs, "0 or more")
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, float):
+            if isinstance(value, (int, float)):  # bools are 0 or 1 and pass
                 _require(value >= 0, f"loss.{name}", value, "0 or more")
         _require(
             not self.mixture_control or self.prompt_teacher + self.prompt_student > 0,
@@ -241,6 +245,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a learning rate above 0")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
+        _require(
+            not self.nesterov or self.momentum > 0,
+            "optim.nesterov", self.nesterov, "optim.momentum above 0",
+        )  # fmt: skip
+        _require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "in (0, 1]")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         _require(
             list(self.milestones) == sorted(m for m in self.milestones if 0 < m < 1),
@@ -373,7 +382,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """The dataclass `cls` out of JSON data; an unknown key or a wrong type is a `UsageError`."""
     if not isinstance(values, dict):
         raise UsageError(
-            f"{where or 'configuration'}: expected an object, got {type(values).__name__}"
+            f"{where.rstrip('.') or 'configuration'}: expected an object, got {type(values).__name__}"
         )
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
@@ -412,4 +421,6 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
             return value
     elif isinstance(value, hint):
         return value
-    raise UsageError(f"{name}={value!r}: expected {getattr(hint, '__name__', hint)}")
+    # Of Literal, Union and tuple[...] the name alone would not say what is expected.
+    expected = str(hint).replace("typing.", "") if origin else hint.__name__
+    raise UsageError(f"{name}={value!r}: expected {expected}")

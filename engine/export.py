@@ -138,14 +138,14 @@ def read_source(folder: Path) -> Source:
         tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         top1 = _top1_at_step(record, folder.resolve().name)
         default_out = record.folder / "export" / folder.resolve().name
-    elif (folder / "student.safetensors").is_file():
+    elif finished := _finished_network(folder):
         record = read_run(folder)
-        tensors = _read_tensors(folder / "student.safetensors")
+        tensors = _read_tensors(finished)
         top1 = record.last("student_top1")
         default_out = folder / "export"
     else:
         raise DataError(
-            f"{folder}: no student found: expected a finished run (student.safetensors) "
+            f"{folder}: no trained network: expected a finished run (student.safetensors) "
             "or a checkpoint (state.safetensors)"
         )
     if not tensors:
@@ -231,6 +231,12 @@ def _difference_from_torch(
         error = (torch.from_numpy(got) - expected).abs().max() / expected.abs().max()
         worst = torch.maximum(worst, error)  # keeps a NaN
     return worst.item()
+
+
+def _finished_network(folder: Path) -> Path | None:
+    """What a finished run has left: a student, or the teacher of train-teacher."""
+    files = (folder / "student.safetensors", folder / "teacher.safetensors")
+    return next((file for file in files if file.is_file()), None)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -35,6 +35,10 @@ class EpochMeter:
         """Start a new epoch."""
         self.sums.zero_()
 
+    def num_images(self) -> int:
+        """Images counted so far (waits for the device)."""
+        return int(self.sums[-3].item())
+
     def read(self, has_prompt_path: bool) -> dict[str, float]:
         """Means so far, by the column names of metrics.csv (waits for the device)."""
         total, *rest = self.sums.tolist()

@@ -49,7 +49,10 @@ class RunRecord:
 
     @property
     def recipe(self) -> str:
-        return self.run["config"]["recipe"]
+        """The recipe's name; a teacher's training is no row of its recipe's comparison."""
+        config = self.run["config"]
+        is_teacher = config.get("role") == "teacher"
+        return f"{config['recipe']} (teacher)" if is_teacher else config["recipe"]
 
     @property
     def method(self) -> str:

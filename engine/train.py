@@ -38,7 +38,7 @@ from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
 from .data import ImageData, load_data, steps_per_epoch, train_batches
 from .errors import DataError, NumericError, Stopped, UsageError
 from .files import write_atomically
-from .log import RunLog, clock, commit, hardware, versions, write_json
+from .log import ProgressLine, RunLog, clock, commit, hardware, versions, write_json
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
@@ -246,33 +246,43 @@ class Trainer:
 
     def epochs(self) -> None:
         """The loop: steps, evaluation, checkpoint."""
-        config, progress, meter = self.config, self.progress, self.step.meter
-        with self.log.progress(self.end_step, progress.step, config.global_batch) as line:
-            while progress.step < self.end_step:
-                epoch, done_in_epoch = divmod(progress.step, self.per_epoch)
-                started, first = time.monotonic(), progress.step
-                for batch in train_batches(
-                    self.data.train,
-                    batch_size=config.global_batch,
-                    seed=config.seed,
-                    epoch=epoch,
-                    start_step=done_in_epoch,
-                    workers=config.data.workers,
-                ):
-                    self.step(batch, progress.step)
-                    progress.step += 1
-                    if line.due():
-                        means = meter.read(config.has_prompt_path)
-                        line.update(progress.step / self.per_epoch, progress.step, means)
-                    if self.stop or progress.step >= self.end_step:
-                        break
-                means = meter.read(config.has_prompt_path)  # waits for the device
-                seconds = time.monotonic() - started
-                progress.seconds += seconds
-                progress.speeds.append((progress.step - first) * config.global_batch / seconds)
-                self.check_finite(means)
+        progress, meter = self.progress, self.step.meter
+        with self.log.progress(self.end_step, progress.step, self.config.global_batch) as line:
+            while True:
+                at_edge = progress.step % self.per_epoch == 0 or progress.step >= self.end_step
+                # A run may also have been stopped right at the edge, its epoch not yet evaluated.
+                if at_edge and meter.num_images():
+                    self.end_of_epoch(meter.read(self.config.has_prompt_path))
+                if progress.step >= self.end_step:
+                    return
+                self.steps_of_epoch(line)
+                self.check_finite(meter.read(self.config.has_prompt_path))
                 self.stop_if_asked()
-                self.end_of_epoch(means)
+
+    def steps_of_epoch(self, line: ProgressLine) -> None:
+        """Steps up to the end of the epoch, of the run, or up to a request to stop."""
+        config, progress = self.config, self.progress
+        epoch, done_in_epoch = divmod(progress.step, self.per_epoch)
+        started, first = time.monotonic(), progress.step
+        for batch in train_batches(
+            self.data.train,
+            batch_size=config.global_batch,
+            seed=config.seed,
+            epoch=epoch,
+            start_step=done_in_epoch,
+            workers=config.data.workers,
+        ):
+            self.step(batch, progress.step)
+            progress.step += 1
+            if line.due():
+                means = self.step.meter.read(config.has_prompt_path)
+                line.update(progress.step / self.per_epoch, progress.step, means)
+            if self.stop or progress.step >= self.end_step:
+                break
+        self.step.meter.num_images()  # waits for the device
+        seconds = time.monotonic() - started
+        progress.seconds += seconds
+        progress.speeds.append((progress.step - first) * config.global_batch / seconds)
 
     def end_of_epoch(self, means: dict[str, float]) -> None:
         """Evaluate, log and save, where it is time to; an epoch cut by max_steps counts as one."""

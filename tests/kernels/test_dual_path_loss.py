@@ -66,7 +66,7 @@ def definition(student, prompt, teacher, target, tau=4.0, w=W, smoothing=0.0, ig
 
 
 def run(student, prompt, teacher, target, **options):
-    """Result and both gradients."""
+    """Result and both gradients, which are there under any weights."""
     student, prompt = student.clone().requires_grad_(), prompt.clone().requires_grad_()
     result = dual_path_loss(student, prompt, teacher, target, **options)
     result.total.backward()

@@ -160,6 +160,15 @@ def test_runs_under_autocast():
     assert weight.grad is None
 
 
+def test_fp64_is_left_alone_by_autocast_as_by_torch():
+    x, weight, bias = make_case(*CASES[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = frozen_conv2d(x, weight, bias, padding=1)
+        want = F.conv2d(x, weight, bias, padding=1)
+    assert y.dtype == want.dtype == torch.float64
+    assert torch.equal(y, want)
+
+
 def test_compiles_as_one_graph():
     x, weight, bias = make_case(*CASES[3])
     expected = frozen_conv2d(x, weight, bias, **CASES[3][-1])

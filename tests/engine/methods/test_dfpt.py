@@ -367,6 +367,19 @@ def test_M21_control_arm_distils_exactly_the_mixture(reverse_kl):
     assert output.prompt_correct is None
 
 
+def test_M21_control_arm_makes_the_mixture_in_fp32_under_autocast():
+    """Rounded to bf16, the mixture's log-probabilities would be off by up to 0.4 %."""
+    method = make_method(loss=LossConfig(mixture_control=True)).eval()
+    images, target = make_batch(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        student, teacher = method.student(images), method.teacher_logits(images)
+        output = method(images, target)
+    student, teacher = student.double(), teacher.double()
+    mixture = (teacher / 4).softmax(1) / 2 + (student / 4).softmax(1) / 2
+    kl = 16 * (mixture * (mixture.log() - (student / 4).log_softmax(1))).sum(1).mean()
+    assert output.terms["student_prompt"].item() == pytest.approx(kl.item(), rel=1e-4)
+
+
 def test_M21_control_arm_has_no_prompt_modules():
     method = make_mixture(LossConfig())
     assert isinstance(method, MixtureControl)

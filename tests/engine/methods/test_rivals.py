@@ -128,7 +128,10 @@ def test_dist_of_one_image_is_finite():
     output, grad = run("dist", logits=make_logits(rows=1))
     assert output.total.isfinite()
     assert grad.isfinite().all()
-    a = torch.randn(4, 5, dtype=torch.float64)
+
+
+def test_dist_correlates_along_the_given_axis():
+    a, _, _ = make_logits(4, 5)
     torch.testing.assert_close(pearson(a, 3 * a + 2, dim=1), torch.ones(4, dtype=torch.float64))
     torch.testing.assert_close(pearson(a, -a, dim=0), -torch.ones(5, dtype=torch.float64))
 

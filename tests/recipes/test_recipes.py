@@ -1,0 +1,293 @@
+"""M24, M27 and the arms of M18-M23, M34, M35, M42-M44: complete configurations by name."""
+
+import functools
+import inspect
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from dfptkd.engine.config import LossConfig, RunConfig, TeacherConfig, to_dict
+from dfptkd.engine.errors import UsageError
+from dfptkd.engine.methods import build_method
+from dfptkd.engine.methods.dfpt import MixtureControl
+from dfptkd.engine.models import create_model
+from dfptkd.engine.models.dual_path import DualPathTeacher
+from dfptkd.engine.optim import lr_factor
+from dfptkd.recipes import cifar100
+from dfptkd.recipes.arms import ARMS
+from dfptkd.recipes.quickstart import quickstart
+
+METHODS = ("ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus")
+# Sections 5.3 and 5.4: recipe -> teacher, student, T, S, KD, DKD, DIST; DKD's beta (5.2, or that of a sister pair)
+PAIRS = {
+    "wrn_40_2_wrn_16_2": ("wrn_40_2", "wrn_16_2", "75.61 73.26 74.92 76.24 75.51", 6),
+    "wrn_40_2_wrn_40_1": ("wrn_40_2", "wrn_40_1", "75.61 71.98 73.54 74.81 74.43", 6),
+    "resnet56_resnet20": ("resnet56", "resnet20", "72.34 69.06 70.66 71.97 71.75", 2),
+    "resnet110_resnet20": ("resnet110", "resnet20", "74.31 69.06 70.67 71.06 71.65", 2),
+    "resnet110_resnet32": ("resnet110", "resnet32", "74.31 71.14 73.08 74.11 73.69", 2),
+    "resnet32x4_resnet8x4": ("resnet32x4", "resnet8x4", "79.42 72.50 73.33 76.32 76.31", 8),
+    "vgg13_vgg8": ("vgg13", "vgg8", "74.64 70.36 72.98 74.68 73.89", 6),
+    "vgg13_mobilenetv2": ("vgg13", "MobileNetV2", "74.64 64.60 67.37 69.71 68.50", 6),
+    "resnet50_mobilenetv2": ("ResNet50", "MobileNetV2", "79.34 64.60 67.35 70.35 68.66", 8),
+    "resnet50_vgg8": ("ResNet50", "vgg8", "79.34 70.36 73.81 75.34 74.11", 8),
+    "resnet32x4_shufflenetv1": ("resnet32x4", "ShuffleV1", "79.42 70.50 74.07 76.45 76.34", 8),
+    "resnet32x4_shufflenetv2": ("resnet32x4", "ShuffleV2", "79.42 71.82 74.45 77.07 77.35", 8),
+    "wrn_40_2_shufflenetv1": ("wrn_40_2", "ShuffleV1", "75.61 70.50 74.83 76.70 76.40", 8),
+}
+SMALL_STEPS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # lr 0.01 in place of 0.05
+
+
+def recipe(name: str):
+    return getattr(cifar100, name)
+
+
+def test_M24_every_pair_of_5_3_and_5_4_has_a_recipe():
+    functions = {
+        name
+        for name, value in inspect.getmembers(cifar100, inspect.isfunction)
+        if value.__module__ == cifar100.__name__ and not name.startswith("_")
+    }
+    assert functions == PAIRS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_M24_recipe_follows_the_protocol_of_5_2(name, method):
+    teacher, student, published, beta = PAIRS[name]
+    config = recipe(name)(method)
+    assert (config.recipe, config.method) == (f"cifar100.{name}", method)
+    assert (config.teacher.name, config.student) == (f"cifar:{teacher}", f"cifar:{student}")
+    assert config.teacher.expected_top1 == float(published.split()[0])
+    assert (config.data.name, config.data.limit, config.data.train_limit) == (
+        "cifar100", None, None,
+    )  # fmt: skip
+    assert config.data.flip
+    assert (config.epochs, config.global_batch) == (240, 64)
+    optim = config.optim
+    assert optim.lr == (0.01 if student in SMALL_STEPS else 0.05)
+    assert (optim.momentum, optim.nesterov, optim.weight_decay) == (0.9, False, 5e-4)
+    assert (config.teacher.lr, config.teacher.epochs, config.teacher.global_batch) == (
+        0.05, 240, 64,
+    )  # fmt: skip
+    loss = config.loss
+    assert (loss.tau, loss.kd_ce, loss.kd_kl) == (4.0, 0.1, 0.9)
+    assert (loss.dkd_ce, loss.dkd_alpha, loss.dkd_beta) == (1.0, 1.0, beta)
+    assert (loss.dist_ce, loss.dist_inter, loss.dist_intra) == (1.0, 2.0, 2.0)
+    assert loss.warmup_epochs == (20 if method == "dkd" else 0)
+
+
+def test_M24_recipes_default_to_dfpt():
+    assert all(recipe(name)().method == "dfpt" for name in PAIRS)
+    assert quickstart().method == "dfpt"
+
+
+def test_M24_learning_rate_falls_after_epochs_150_180_and_210():
+    steps = 782  # 50,000 images in batches of 64
+    factor = lr_factor(cifar100.wrn_40_2_shufflenetv1().optim, 240 * steps, steps)
+    first_of_epoch = [factor(epoch * steps) for epoch in range(240)]  # epochs from 0
+    expected = [0.1 ** sum(e >= m for m in (150, 180, 210)) for e in range(240)]
+    assert first_of_epoch == pytest.approx(expected)
+    assert factor(150 * steps - 1) == 1.0
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_M24_docstring_has_the_published_numbers(name):
+    doc = recipe(name).__doc__
+    for label, number in zip(("T", "S", "KD", "DKD", "DIST"), PAIRS[name][2].split(), strict=True):
+        assert re.search(rf"(?<![A-Za-z+]){label} {re.escape(number)}\b", doc), (label, number)
+
+
+def test_M29_the_papers_headline_pair_says_its_number():
+    assert "78.29 (stated)" in cifar100.wrn_40_2_shufflenetv1.__doc__
+
+
+def test_labelling_rule_what_the_paper_does_not_give_is_called_our_reading():
+    assert "*our reading*" in cifar100.__doc__
+    assert "not known to us" in cifar100.__doc__
+
+
+@functools.cache
+def logits_shape(name: str) -> torch.Size:
+    with torch.device("meta"):
+        return create_model(name, num_classes=100).eval()(torch.empty(2, 3, 32, 32)).shape
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_M27_teacher_and_student_exist_and_speak_of_the_same_classes(name):
+    config = recipe(name)()
+    assert logits_shape(config.teacher.name) == logits_shape(config.student) == (2, 100)
+
+
+def test_M27_families_in_their_roles():
+    teachers = {pair[0] for pair in PAIRS.values()}
+    students = {pair[1] for pair in PAIRS.values()}
+    for family in ("resnet", "wrn", "vgg", "ResNet50"):
+        assert any(name.startswith(family) for name in teachers)
+    for family in ("resnet", "wrn", "vgg", "ShuffleV", "MobileNet"):
+        assert any(name.startswith(family) for name in students)
+
+
+def test_M45_wide_teachers_get_the_cheap_blocks_and_no_other():
+    wide = {name for name in PAIRS if recipe(name)().prompt == cifar100.WIDE_TEACHER}
+    assert wide == {name for name in PAIRS if PAIRS[name][0] in ("vgg13", "ResNet50")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quickstart_brings_everything_itself(method):
+    config = quickstart(method)
+    assert config.data.name == "fashion_mnist"
+    assert config.teacher.train_if_missing
+    assert config.teacher.weights is None
+    assert config.method == method
+    assert logits_shape(config.teacher.name) == logits_shape(config.student)
+    assert config.loss.warmup_epochs < config.epochs
+
+
+# Arms -----------------------------------------------------------------------------------------------
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+# What each arm changes in wrn_40_2_shufflenetv1, and nothing else
+CHANGES = {
+    "kd_matched": {
+        "loss.student_ce": 0.1,
+        "loss.student_teacher": 0.45,
+        "loss.student_prompt": 0.45,
+    },
+    "same_total": {"loss.kd_ce": 1.0, "loss.kd_kl": 2.0},
+    "mixture": {"loss.mixture_control": True},
+    "teacher_only": {"loss.prompt_student": 0.0},
+    "no_student_teacher": {"loss.student_teacher": 0.0},
+    "no_student_prompt": {"loss.student_prompt": 0.0},
+    "no_prompt_ce": {"loss.prompt_ce": 0.0},
+    "no_prompt_teacher": {"loss.prompt_teacher": 0.0},
+    "reverse_kl": {"loss.reverse_kl": True},
+    "alternating": {"loss.update": "alternating"},
+    "no_fusion": {"prompt.fusion": False},
+    "identity_init": {"prompt.init": "identity"},
+    "parallel": {"prompt.arrangement": "parallel"},
+    "single_scale": {"prompt.kernels": (3,), "prompt.r2": 1.0},
+    "grouped_fusion": {"prompt.r1": 16, "prompt.fusion_groups": 4},
+    "dense_fusion": {},
+}
+REQUIRED = {
+    "M18": ["teacher_only"],
+    "M19": ["alternating"],
+    "M21": ["mixture"],
+    "M23": ["kd_matched", "same_total"],
+    "M34": ["single_scale"],
+    "M35": ["no_fusion"],
+    "M42": [
+        "no_student_teacher", "no_student_prompt", "no_prompt_ce", "no_prompt_teacher",
+        "teacher_only",
+    ],
+    "M43": ["parallel", "identity_init", "reverse_kl", "alternating"],
+    "M45": ["grouped_fusion", "dense_fusion"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("requirement", list(REQUIRED))
+def test_required_arms_are_named(requirement):
+    assert set(REQUIRED[requirement]) <= ARMS.keys()
+
+
+@pytest.mark.parametrize("arm", list(CHANGES))
+def test_arm_changes_what_it_says_and_nothing_else(arm):
+    plain = cifar100.wrn_40_2_shufflenetv1()
+    before, after = flat(to_dict(plain)), flat(to_dict(ARMS[arm](plain)))
+    assert {k: v for k, v in after.items() if v != before[k]} == CHANGES[arm]
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_arm_applies_to_every_recipe(arm):
+    for name in PAIRS:
+        config = ARMS[arm](recipe(name)())
+        assert config.recipe == f"cifar100.{name}"
+        assert ARMS[arm](config) == config
+
+
+def test_M45_dense_and_grouped_fusion_are_opposites_on_a_wide_teacher():
+    config = cifar100.resnet50_vgg8()
+    dense = ARMS["dense_fusion"](config).prompt
+    assert (dense.r1, dense.fusion_groups) == (4, 1)
+    assert ARMS["grouped_fusion"](replace(config, prompt=dense)).prompt == config.prompt
+
+
+def test_M45_grouped_fusion_fits_every_teacher():
+    prompt = ARMS["grouped_fusion"](RunConfig()).prompt
+    for teacher in {pair[0] for pair in PAIRS.values()}:
+        with torch.device("meta"):
+            DualPathTeacher(create_model(f"cifar:{teacher}", num_classes=100), prompt=prompt)
+
+
+@pytest.mark.parametrize("first", [None, "kd_matched"])
+def test_M23_kd_under_the_same_label_and_total_weight(first):
+    dfpt = cifar100.resnet32x4_resnet8x4()
+    kd = cifar100.resnet32x4_resnet8x4("kd")
+    if first is not None:
+        dfpt, kd = ARMS[first](dfpt), ARMS[first](kd)
+    matched = ARMS["same_total"](kd)
+    assert matched.method == "kd"
+    assert matched.loss.kd_ce == dfpt.loss.student_ce
+    assert matched.loss.kd_kl == dfpt.loss.student_teacher + dfpt.loss.student_prompt
+    assert matched.loss.tau == dfpt.loss.tau
+    if first == "kd_matched":  # the conventional weights
+        assert (matched.loss.kd_ce, matched.loss.kd_kl) == (0.1, 0.9)
+
+
+def test_M21_mixture_is_an_arm_of_dfpt_alone():
+    for method in ("kd", "dfpt_plus"):
+        with pytest.raises(UsageError, match="mixture_control"):
+            ARMS["mixture"](cifar100.resnet56_resnet20(method))
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_arm_takes_a_step(arm):
+    config = ARMS[arm](
+        RunConfig(
+            method="dfpt", student="cifar:resnet8_s2", teacher=TeacherConfig("cifar:resnet14_s2")
+        )
+    )
+    torch.manual_seed(0)
+    student = create_model(config.student, num_classes=10)
+    method = build_method(config, student, create_model(config.teacher.name, num_classes=10))
+    assert isinstance(method, MixtureControl) is (arm == "mixture")
+    output = method.train()(torch.randn(4, 3, 32, 32), torch.arange(4))
+    output.total.backward()
+    assert output.total.isfinite()
+    gradients = [p.grad for p in method.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("arm", "term"),
+    [
+        ("no_student_teacher", "student_teacher"),
+        ("no_student_prompt", "student_prompt"),
+        ("no_prompt_ce", "prompt_ce"),
+        ("no_prompt_teacher", "prompt_teacher"),
+        ("teacher_only", "prompt_student"),
+    ],
+)
+def test_M42_single_term_arm_removes_exactly_that_term(arm, term):
+    config = RunConfig(method="dfpt", loss=LossConfig(tau=2.0))
+    torch.manual_seed(0)
+    names = ("cifar:resnet8_s2", "cifar:resnet14_s2")
+    method = build_method(config, *(create_model(n, num_classes=10) for n in names)).eval()
+    batch = torch.randn(4, 3, 32, 32), torch.arange(4)
+    whole = method(*batch)
+    method.loss = ARMS[arm](config).loss
+    without = method(*batch)
+    assert whole.terms[term] > 0
+    torch.testing.assert_close(without.total, whole.total - whole.terms[term])
+    assert all(torch.equal(without.terms[k], whole.terms[k]) for k in whole.terms)
