@@ -5,8 +5,7 @@
                          manifest.json       size and SHA-256 of the two, written last
     checkpoints/index.json                   {"last": "step-<N>", "best": "step-<M>"}
 
-A checkpoint is written to a temporary folder, flushed and renamed, so a crash leaves the previous
-one.
+A checkpoint is written to a temporary folder, flushed and renamed: a crash leaves the previous one.
 """
 
 from __future__ import annotations

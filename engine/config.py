@@ -34,16 +34,13 @@ class DataConfig:
     limit: int | None = None
     """Use at most this many images of each split, drawn evenly over the classes."""
     train_limit: int | None = None
-    """Use at most this many training images, drawn evenly over the classes: a user with few
-    labels."""
+    """At most this many training images, drawn evenly over the classes: a user with few labels."""
     image_size: int = 224
-    """Side of the square crop, in pixels (folder and synthetic data; the others have their own
-    size)."""
+    """Side of the images in pixels (folder and synthetic data; the others have their own)."""
     num_classes: int = 100
     """Number of classes of synthetic data; the others count their own."""
     crop_padding: int | None = None
-    """Zero padding in pixels of the random crop of CIFAR-size images; absent: 4, Fashion-MNIST
-    2."""
+    """Zero padding in pixels of the random crop of small images; absent: 4, Fashion-MNIST 2."""
     flip: bool = True
     """Flip half of the training images left to right."""
     workers: int = 2
@@ -73,8 +70,7 @@ class PromptConfig:
     r1: int = 4
     """Channel reduction of the first 1x1 convolution: inner width m = max(C / r1, min_width)."""
     r2: float = 0.25
-    """Share of the m channels that a partial convolution touches (FasterNet's value; 1 =
-    ordinary)."""
+    """Share of the m channels that a partial convolution touches (FasterNet's; 1 = ordinary)."""
     kernels: tuple[int, ...] = (3, 5, 7)
     """Kernel sizes of the partial convolutions, odd."""
     arrangement: Literal["sequential", "parallel"] = "sequential"
@@ -191,7 +187,7 @@ class LossConfig:
     reverse_kl: bool = False
     """KL(learner || supervisor) in place of KL(supervisor || learner)."""
     warmup_epochs: float = 0.0
-    """Distillation terms grow linearly from 0 over this many epochs."""
+    """Distillation terms grow linearly, step by step, from 0 over this many epochs."""
     update: Literal["simultaneous", "alternating"] = "simultaneous"
     """alternating: even steps move the student, odd steps the prompt path."""
 
@@ -238,7 +234,8 @@ class OptimConfig:
     """dfpt_plus: learning rate of the copied backbone over that of the prompt blocks. *Our reading*
     of the paper's "minimal"."""
     clip_grad_norm: float | None = None
-    """Largest gradient norm over all trained parameters."""
+    """Largest gradient norm over all trained parameters together, so that student and prompt path
+    then do influence each other."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the student, which is then evaluated beside it."""
 
@@ -281,8 +278,7 @@ class RunConfig:
     role: Literal["student", "teacher"] = "student"
     """What the trained network is for: `teacher` in the runs of train-teacher."""
     method: MethodName = "dfpt"
-    """ce: labels only. kd, dkd, dist: the usual rivals. dfpt, dfpt_plus: dual-forward-path
-    teacher."""
+    """ce: labels only; kd, dkd, dist: the usual rivals; dfpt, dfpt_plus: dual-path teacher."""
     student: str = "cifar:ShuffleV1"
     """Model name of the student."""
     student_weights: str | None = None
@@ -381,9 +377,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """The dataclass `cls` out of JSON data; an unknown key or a wrong type is a `UsageError`."""
     if not isinstance(values, dict):
-        raise UsageError(
-            f"{where.rstrip('.') or 'configuration'}: expected an object, got {type(values).__name__}"
-        )
+        what = where.rstrip(".") or "configuration"
+        raise UsageError(f"{what}: expected an object, got {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,7 @@ Normalise = Callable[[Batch], Tensor]
 
 
 def normaliser(data: ImageData, dtype: torch.dtype = torch.float32) -> Normalise:
-    """uint8 batch -> normalised images [B, 3, H, W], channels_last, cropped and flipped as the
-    batch says."""
+    """Batch -> images [B, 3, H, W], channels_last, normalised, cropped and flipped as it says."""
 
     def normalise(batch: Batch) -> Tensor:
         return normalize_images(
@@ -71,6 +71,18 @@ def normaliser(data: ImageData, dtype: torch.dtype = torch.float32) -> Normalise
         )
 
     return normalise
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """`module` in eval mode; afterwards every part of it is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 @torch.no_grad()
@@ -97,12 +109,9 @@ def evaluate(
     Returns:
         `top1` and `top5`, in percent.
     """
-    was_training = model.training
-    model.eval()
-    top1, top5 = accuracy(
-        predict(model, data, batch_size=batch_size, workers=workers), data.test.labels
-    )
-    model.train(was_training)
+    with eval_mode(model):
+        logits = predict(model, data, batch_size=batch_size, workers=workers)
+    top1, top5 = accuracy(logits, data.test.labels)
     return {"top1": top1, "top5": top5}
 
 
@@ -118,33 +127,30 @@ class Evaluator:
         """top1 and top5 of the original path, in percent; None for a method without teacher."""
         if self.method.term_names == ("ce",):
             return None
-        self.method.eval()
-        self.teacher_logits = predict(self.method.teacher_logits, self.data, **self.options)  # type: ignore
-        self.method.train()
+        with eval_mode(self.method):
+            self.teacher_logits = predict(self.method.teacher_logits, self.data, **self.options)  # type: ignore
         top1, top5 = accuracy(self.teacher_logits, self.data.test.labels)
         return {"top1": top1, "top5": top5}
 
     def __call__(self, ema: nn.Module | None = None) -> dict[str, float]:
         """One row of test columns of metrics.csv (M22, M47)."""
         method, labels = self.method, self.data.test.labels
-        method.eval()
-        student = predict(method.student, self.data, **self.options)
+        prompt, norms = None, {}
+        with eval_mode(method):
+            student = predict(method.student, self.data, **self.options)
+            if isinstance(method, DualPathDistillation):
+                with method.teacher.prompt_norms() as norms:
+                    prompt = predict(method.prompt_logits, self.data, **self.options)
         row = _accuracy_columns("student", student, labels)
         if ema is not None:
-            ema.eval()
-            averaged = predict(ema, self.data, **self.options)
-            row["test/ema_top1"] = accuracy(averaged, labels)[0]
-        prompt = None
-        if isinstance(method, DualPathDistillation):
-            with method.teacher.prompt_norms() as norms:
-                prompt = predict(method.prompt_logits, self.data, **self.options)
+            row["test/ema_top1"] = evaluate(ema, self.data, **self.options)["top1"]
+        if prompt is not None:
             row |= _accuracy_columns("prompt", prompt, labels)
-            for stage, (ratio_sum, images) in norms.items():
-                row[f"prompt_norm/{stage}"] = (ratio_sum / images).item()
+        for stage, (ratio_sum, images) in norms.items():
+            row[f"prompt_norm/{stage}"] = (ratio_sum / images).item()
         if self.teacher_logits is not None:
             row |= _accuracy_columns("teacher", self.teacher_logits, labels)
             row |= path_divergence(student, prompt, self.teacher_logits, labels, method.loss.tau)
-        method.train()
         return row
 
 

@@ -16,8 +16,7 @@ WEIGHTS_FILE = "teacher.safetensors"
 
 
 def teacher_run(config: RunConfig) -> RunConfig:
-    """The run that trains this recipe's teacher: labels only, the full training set, the same
-    data."""
+    """The run that trains this recipe's teacher: labels only, all training images."""
     teacher = config.teacher
     return dataclasses.replace(
         config,

@@ -1,7 +1,6 @@
 """What a run does, top to bottom.
 
-data -> student -> teacher -> method -> (resume) -> epochs of steps, evaluation, checkpoint ->
-student file
+data -> student -> teacher -> method -> epochs (steps, evaluation, checkpoint) -> student file
 """
 
 from __future__ import annotations
@@ -182,6 +181,7 @@ class Trainer:
         self.log = RunLog(self.out, self.columns(), resumed)
         try:
             self.announce(record)
+            self.method.train()
             write_json(self.out / "run.json", record)
             self.status("running")
             self.epochs()

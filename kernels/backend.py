@@ -24,12 +24,14 @@ from .build_native import LIBRARY_NAME, source_digest
 
 BACKENDS = ("reference", "native", "triton")
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 # Operation -> fast backend -> dtypes it takes; every operation has a reference that takes them all.
 OPERATIONS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     # fp32 is what it writes; uint8 stands for a question about the images alone.
     "normalize_images": {"native": (torch.float32, torch.uint8)},
-    "dual_path_loss": {},
-    "distillation_loss": {},
+    "dual_path_loss": {"native": _FLOATS, "triton": _FLOATS},
+    "distillation_loss": {"native": _FLOATS, "triton": _FLOATS},
     "partial_pointwise_conv": {},
     "frozen_conv2d": {},
 }

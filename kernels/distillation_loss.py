@@ -19,11 +19,13 @@ from torch import Tensor
 
 from .backend import choose
 from .dual_path_loss import (
+    FusedLoss,
     check_logits,
     correct_count,
     counted_logits,
     counted_rows,
     cross_entropy_rows,
+    fused_weights,
     kl_rows,
     mean_over,
     weighted_sum,
@@ -78,6 +80,7 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reverse_kl: bool = False,
+    is_root: bool = False,
 ) -> DistillationLoss:
     """Loss of a student under labels and one frozen teacher.
 
@@ -91,6 +94,8 @@ def distillation_loss(
         label_smoothing: In [0, 1), for the cross-entropy.
         ignore_index: Rows with this label give no gradient and leave every mean and count.
         reverse_kl: KL(student || teacher) instead of KL(teacher || student).
+        is_root: Promises that backward starts at the total itself: the gradient that arrives is 1,
+            and no kernel multiplies by it.
 
     Returns:
         `DistillationLoss`; total and terms are fp32, or fp64 for fp64 logits.
@@ -100,15 +105,15 @@ def distillation_loss(
         IndexError: A label is out of range (CPU; on a GPU a device-side assertion).
     """
     check_logits(target, tau, label_smoothing, student=student, teacher=teacher)
-    choose("distillation_loss", student)
-    return distillation_loss_reference(
-        student,
-        teacher,
-        target,
-        tau,
-        ce_weight,
-        kd_weight,
-        label_smoothing,
-        ignore_index,
-        reverse_kl,
-    )
+    backend = choose("distillation_loss", student)
+    options = (label_smoothing, ignore_index, reverse_kl)
+    if backend == "reference":
+        return distillation_loss_reference(
+            student, teacher, target, tau, ce_weight, kd_weight, *options
+        )
+    weights = fused_weights((ce_weight, kd_weight), student.device)
+    inputs = (student, teacher, target, weights, tau, *options)
+    return DistillationLoss(*_fused_distillation_loss(backend, is_root, *inputs))
+
+
+_fused_distillation_loss = FusedLoss("distillation_loss", ("student",), "teacher", num_terms=2)

@@ -20,13 +20,16 @@ Suffixes: B rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backend import choose
 
@@ -41,6 +44,10 @@ class DualPathWeights:
     prompt_ce: float = 1.0
     prompt_teacher: float = 1.0
     prompt_student: float = 1.0
+
+    def numbers(self) -> tuple[float, ...]:
+        """The six in order; `dataclasses.astuple` takes 30 times as long."""
+        return tuple(vars(self).values())
 
 
 class DualPathLoss(NamedTuple):
@@ -86,7 +93,7 @@ def dual_path_loss_reference(
     )
     terms = [mean_over(row_B, keep_B) for row_B in rows]
     if isinstance(weights, DualPathWeights):
-        total = weighted_sum(terms, astuple(weights), s_BC, p_BC)
+        total = weighted_sum(terms, weights.numbers(), s_BC, p_BC)
     else:
         total = weighted_sum(terms, weights, s_BC, p_BC)
     return DualPathLoss(
@@ -108,6 +115,7 @@ def dual_path_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reverse_kl: bool = False,
+    is_root: bool = False,
 ) -> DualPathLoss:
     """Loss of student and prompt path under labels, original path and each other.
 
@@ -122,6 +130,8 @@ def dual_path_loss(
         label_smoothing: In [0, 1), for both cross-entropies.
         ignore_index: Rows with this label give no gradient and leave every mean and count.
         reverse_kl: KL(learner || supervisor) instead of KL(supervisor || learner).
+        is_root: Promises that backward starts at the total itself: the gradient that arrives is 1,
+            and no kernel multiplies by it.
 
     Returns:
         `DualPathLoss`; total and terms are fp32, or fp64 for fp64 logits. With no row to count
@@ -132,12 +142,142 @@ def dual_path_loss(
         IndexError: A label is out of range (CPU; on a GPU a device-side assertion).
     """
     check_logits(target, tau, label_smoothing, student=student, prompt=prompt, teacher=teacher)
-    if isinstance(weights, Tensor) and weights.shape != (6,):
-        raise ValueError(f"weights: expected a tensor of shape [6], got {list(weights.shape)}")
-    choose("dual_path_loss", student)
-    return dual_path_loss_reference(
-        student, prompt, teacher, target, tau, weights, label_smoothing, ignore_index, reverse_kl
-    )
+    if isinstance(weights, Tensor) and (weights.shape, weights.device) != ((6,), student.device):
+        raise ValueError(
+            f"weights: expected a tensor of shape [6] on {student.device}, got "
+            f"{list(weights.shape)} on {weights.device}"
+        )
+    backend = choose("dual_path_loss", student)
+    options = (label_smoothing, ignore_index, reverse_kl)
+    if backend == "reference":
+        return dual_path_loss_reference(student, prompt, teacher, target, tau, weights, *options)
+    numbers = weights if isinstance(weights, Tensor) else weights.numbers()
+    inputs = (student, prompt, teacher, target, fused_weights(numbers, student.device), tau)
+    return DualPathLoss(*_fused_dual_path_loss(backend, is_root, *inputs, *options))
+
+
+# The fused backends of the family
+# -----------------------------------------------------------------------
+
+
+class FusedLoss:
+    """A member of the family on its fused backends, which form the gradients in the forward pass.
+
+    Two operators: `dfptkd::<operation>_native` is csrc/dual_path_loss.cpp, CPU, without autograd;
+    `dfptkd::<operation>_fused` runs on any device and is differentiable. Compiled code and dispatch
+    modes see the latter. A plain eager call goes past it through an autograd.Function, because what
+    torch.library adds in Python takes longer than the native kernel for 128 x 100 logits.
+
+    They take logits [B, C], learners first; target int64 [B] or probabilities [B, C]; weights, fp32
+    [terms]; then tau, label_smoothing, ignore_index, reverse_kl, and `_fused` also is_root. They
+    return total 0-d and terms, both fp32; a hit count, 0-d int64, for each learner; and for each
+    learner the gradient of the total, contiguous [B, C] in the logits' dtype.
+    """
+
+    def __init__(
+        self, operation: str, learners: tuple[str, ...], teacher: str, num_terms: int
+    ) -> None:
+        self.operation, self.num_learners, self.num_terms = operation, len(learners), num_terms
+        tensors = ", ".join(f"Tensor {x}" for x in (*learners, teacher, "target", "weights"))
+        inputs = f"{tensors}, float tau, float label_smoothing, int ignore_index, bool reverse_kl"
+        outputs = ", ".join(["Tensor"] * (2 + 2 * len(learners)))
+        native, fused = f"dfptkd::{operation}_native", f"dfptkd::{operation}_fused"
+        for name, schema in (
+            (native, f"({inputs}) -> ({outputs})"),
+            (fused, f"({inputs}, bool is_root) -> ({outputs})"),
+        ):
+            torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+            torch.library.register_fake(name, self._allocate)
+        torch.library.impl(fused, ("cpu", "cuda"), self._serve)
+        torch.library.register_autograd(fused, self._backward, setup_context=self._setup_context)
+        self._native = getattr(torch.ops.dfptkd, f"{operation}_native").default
+        self._fused = getattr(torch.ops.dfptkd, f"{operation}_fused").default
+
+    def __call__(self, backend: str, is_root: bool, *inputs: Any) -> tuple[Tensor, ...]:
+        """Total (differentiable), terms and hit counts; `inputs` are those of the operators."""
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return self._fused(*inputs, is_root)[: 2 + self.num_learners]
+        launch = self._launcher(backend)
+        return _EagerFusedLoss.apply(launch, self.num_learners, is_root, *inputs)  # type: ignore[no-any-return]
+
+    def _launcher(self, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+        if backend == "native":
+            return self._native
+        from . import dual_path_loss_triton
+
+        return getattr(dual_path_loss_triton, f"launch_{self.operation}")
+
+    def _serve(self, *inputs: Any) -> tuple[Tensor, ...]:
+        backend = choose(self.operation, inputs[0])
+        if backend == "reference":
+            reason = f"{self.operation} has no fused backend for {inputs[0].dtype} here"
+            raise RuntimeError(f"{reason}: call dfptkd.kernels.{self.operation} instead")
+        return self._launcher(backend)(*inputs[:-1])
+
+    def _allocate(self, *inputs: Any) -> tuple[Tensor, ...]:
+        student = inputs[0]
+        total = student.new_empty((), dtype=torch.float32)
+        terms = student.new_empty(self.num_terms, dtype=torch.float32)
+        hits = [student.new_empty((), dtype=torch.int64) for _ in range(self.num_learners)]
+        return total, terms, *hits, *(z.new_empty(z.shape) for z in inputs[: self.num_learners])
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.is_root = inputs[-1]
+        ctx.num_inputs = len(inputs)
+        ctx.save_for_backward(*output[-self.num_learners :])
+
+    @staticmethod
+    @once_differentiable
+    def _backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = ctx.saved_tensors
+        if not ctx.is_root:
+            grads = [grad * grad_total for grad in grads]
+        return *grads, *[None] * (ctx.num_inputs - len(grads))
+
+
+class _EagerFusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, launch: Callable, num_learners: int, is_root: bool, *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        total, *rest = launch(*inputs)
+        by_products, grads = rest[:-num_learners], rest[-num_learners:]
+        ctx.is_root, ctx.num_inputs = is_root, 3 + len(inputs)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(*by_products)
+        ctx.set_materialize_grads(False)
+        return total, *by_products
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        # On a CPU a look at the value costs nothing; on a GPU it would wait for the device.
+        scaled = not ctx.is_root and (grad_total.is_cuda or grad_total.item() != 1)
+        grads = [
+            (grad * grad_total if scaled else grad) if needed else None
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[3:])
+        ]
+        return None, None, None, *grads, *[None] * (ctx.num_inputs - 3 - len(grads))
+
+
+def fused_weights(weights: tuple[float, ...] | Tensor, device: torch.device) -> Tensor:
+    """Weights of the terms as the operators take them: fp32, on the device."""
+    if isinstance(weights, Tensor):
+        return weights.detach().to(torch.float32)
+    if torch.compiler.is_compiling():  # filled on the device: a copy from the host bars CUDA graphs
+        return torch.stack([torch.full((), w, dtype=torch.float32, device=device) for w in weights])
+    if device.type == "cpu" or is_in_torch_dispatch_mode():
+        return torch.tensor(weights, dtype=torch.float32, device=device)
+    return _weights_on(weights, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights_on(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """Remembered, because the copy from the host waits for the device."""
+    return torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+_fused_dual_path_loss = FusedLoss("dual_path_loss", ("student", "prompt"), "teacher", num_terms=6)
 
 
 # What the family of losses shares

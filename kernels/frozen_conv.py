@@ -89,7 +89,8 @@ def frozen_conv2d(
             f"frozen_conv2d: expected x [N, C, H, W] and weight [C_out, C / {groups}, kh, kw], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
-    if torch.is_autocast_enabled(x.device.type):  # autograd.Function is out of autocast's sight
+    # autograd.Function is out of autocast's sight; fp64 is left alone, as autocast does.
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

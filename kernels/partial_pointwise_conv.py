@@ -1,9 +1,8 @@
-"""Partial convolution followed by a pointwise convolution, with the neighbouring BatchNorms' work
-around it.
+"""Partial and pointwise convolution in one step, with the neighbouring BatchNorms' work.
 
     h = act(x * scale + shift) + residual                 act = ReLU or identity
-    h[:, :c_p] = conv_kxk(h[:, :c_p])                     stride 1, odd k, zero padding of h; c_p
-    = 0: none y = point_weight h                                    1x1 convolution, in groups
+    h[:, :c_p] = conv_kxk(h[:, :c_p])                     stride 1, odd k, zero padding of h
+    y = point_weight h                                    1x1 convolution, in groups
     sums_c = sum_nhw y,   squared_sums_c = sum_nhw y^2    what the next BatchNorm needs
 
 One family serves every convolution of a prompt block (down, three scales, up) and the fusion
@@ -12,7 +11,9 @@ DFPT-KD (arXiv 2506.18244).
 
 In: x [N, C, H, W], contiguous or channels_last, any floating dtype. Out: y [N, C_out, H, W] in
 x's dtype; sums and squared_sums [C_out] in fp32 (fp64 for fp64 input). Convolutions accumulate in
-fp32 or better. MACs: N H W (k^2 c_p^2 + C_out C / groups). Bytes moved by one pass: read x (and
+fp32 or better.
+
+MACs: N H W (k^2 c_p^2 + C_out C / groups). Bytes moved by one pass: read x (and
 residual), write y.
 """
 
@@ -94,7 +95,7 @@ def partial_pointwise_conv(
         y [N, C_out, H, W]; its per-channel sum and sum of squares over N, H, W, each [C_out].
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes or devices do not fit together.
     """
     _check(x, scale, shift, partial_weight, point_weight, residual, groups)
     choose("partial_pointwise_conv", x)

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Tiny tensors: more threads only wait for each other, and far longer on a busy machine. Set before
+# torch is imported, so that child processes have it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.dual_path_loss import upcast
 from .base import Method, StepOutput
 
 
@@ -17,6 +18,6 @@ class CrossEntropy(Method):
     term_names = ("ce",)
 
     def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
-        logits = self.student(images).float()
+        logits = upcast(self.student(images))
         ce = F.cross_entropy(logits, target, label_smoothing=self.loss.label_smoothing)
         return StepOutput(ce, {"ce": ce.detach()}, (logits.argmax(dim=1) == target).sum())

@@ -42,8 +42,7 @@ def path_weights(loss: LossConfig, distillation: float) -> DualPathWeights:
 
 
 class DualPathDistillation(Method):
-    """Student and prompt path trained together; DFPT-KD+ where the teacher has a copied
-    backbone."""
+    """Student and prompt path together; DFPT-KD+ where the teacher has a copied backbone."""
 
     term_names = TERMS
 
@@ -109,12 +108,13 @@ class MixtureControl(FrozenTeacherMethod):
     term_names = TERMS[:3]
 
     def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
-        student, teacher = self.student(images), self.teacher_logits(images)
+        # In fp32 under autocast too: bf16 would round the mixture's log-probabilities.
+        student, teacher = upcast(self.student(images)), upcast(self.teacher_logits(images))
         mixture = self.mixture_logits(student.detach(), teacher, target)
         weights = path_weights(self.loss, distillation)
         result = dual_path_loss(
             student,
-            mixture.to(student.dtype),
+            mixture,
             teacher,
             target,
             tau=self.loss.tau,

@@ -22,8 +22,7 @@ from .base import FrozenTeacherMethod, StepOutput
 
 
 class DecoupledKL(NamedTuple):
-    """Parts of KL(p_T || p_S) by row, [B] each; target + (1 - target_prob) * nontarget is the
-    whole."""
+    """Parts of KL(p_T || p_S), [B] each: target + (1 - target_prob) * nontarget is the whole."""
 
     target: Tensor
     nontarget: Tensor
@@ -58,8 +57,7 @@ def decoupled_kl(supervisor: Tensor, learner: Tensor, target: Tensor, tau: float
 
 
 class DecoupledDistillation(FrozenTeacherMethod):
-    """beta by pair as published; a warm-up of 20 epochs on CIFAR-100 is part of the method's
-    protocol."""
+    """beta as published by pair; a warm-up of 20 epochs belongs to the CIFAR-100 protocol."""
 
     term_names = ("ce", "target", "nontarget")
 

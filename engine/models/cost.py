@@ -6,8 +6,11 @@ weight gradient 1):
 
     ce          3 M_S
     kd family   M_T + 3 M_S
-    dfpt        M_T + 3 M_S + 2 (M_T - M_A1 - M_H) + 3 M_phi      frozen stages: forward + input
-    gradient dfpt_plus   M_T + 3 M_S + 3 (M_T - M_H) + 3 M_phi             copied stages: all three
+    dfpt        M_T + 3 M_S + 2 (M_T - M_A1 - M_H) + 3 M_phi    frozen: forward, input gradient
+    dfpt_plus   M_T + 3 M_S + 3 (M_T - M_H) + 3 M_phi           copied: all three
+
+They charge an input gradient to every convolution; autograd leaves it out where nothing asks for
+it (at the images and at the frozen output of stage 1), so a step costs a little less.
 
 *Our reading* of the paper, whose own cost table is not known to us.
 """

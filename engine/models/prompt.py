@@ -20,8 +20,7 @@ from ..errors import UsageError
 
 
 class PartialConv2d(nn.Module):
-    """k x k convolution of the first c_p channels; the rest passes untouched (FasterNet, arXiv
-    2303.03667)."""
+    """k x k convolution of the first c_p channels, the rest untouched (arXiv 2303.03667)."""
 
     def __init__(self, touched: int, kernel: int) -> None:
         super().__init__()
@@ -113,8 +112,7 @@ class PromptFusion(nn.Module):
 def _pointwise(
     channels_in: int, channels_out: int, norm: str, act: str, groups: int = 1
 ) -> nn.Sequential:
-    """1x1 convolution, normalisation, activation; the convolution has a bias only without
-    BatchNorm."""
+    """1x1 convolution, normalisation, activation; a bias only where no BatchNorm follows."""
     layers: list[nn.Module] = [
         nn.Conv2d(channels_in, channels_out, 1, bias=norm == "none", groups=groups)
     ]

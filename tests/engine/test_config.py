@@ -3,9 +3,13 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dfptkd.engine import config as module
 from dfptkd.engine.config import (
     NOT_KNOWN_FROM_PAPER,
@@ -19,8 +23,6 @@ from dfptkd.engine.config import (
     to_dict,
 )
 from dfptkd.engine.errors import UsageError
-from hypothesis import given
-from hypothesis import strategies as st
 
 CLASSES = (DataConfig, PromptConfig, TeacherConfig, LossConfig, OptimConfig, RunConfig)
 PREFIX = {
@@ -36,6 +38,11 @@ AT_LEAST_ONE = (0, -1)
 POSITIVE = (0.0, -0.1, NAN)
 NOT_NEGATIVE = (-0.1, NAN)
 SHARE = (-0.1, 1.0, NAN)
+WEIGHTS = (
+    "student_ce", "student_teacher", "student_prompt", "prompt_ce", "prompt_teacher",
+    "prompt_student", "kd_ce", "kd_kl", "dkd_ce", "dkd_alpha", "dkd_beta", "dist_ce", "dist_inter",
+    "dist_intra",
+)  # fmt: skip
 # Class -> field -> values that no run could use
 REFUSED = {
     DataConfig: {
@@ -62,14 +69,8 @@ REFUSED = {
     },
     LossConfig: {
         "tau": POSITIVE,
-        **{
-            name: (*NOT_NEGATIVE, -1)
-            for name in (
-                "student_ce", "student_teacher", "student_prompt", "prompt_ce", "prompt_teacher",
-                "prompt_student", "kd_ce", "kd_kl", "dkd_ce", "dkd_alpha", "dkd_beta", "dist_ce",
-                "dist_inter", "dist_intra", "warmup_epochs",
-            )
-        },
+        **dict.fromkeys(WEIGHTS, (*NOT_NEGATIVE, -1)),
+        "warmup_epochs": NOT_NEGATIVE,
         "label_smoothing": SHARE,
     },
     OptimConfig: {
@@ -148,11 +149,11 @@ def test_M20_fields_that_contradict_each_other_are_refused():
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_M20_every_field_is_documented(cls):
-    """tyro's help reads the string that follows a field; the sections are documented by their class."""
+    """The help of an option is the string after its field; a section has its class's docstring."""
     body = ast.parse(inspect.getsource(cls)).body[0].body
     documented = {
         field.target.id
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(text, ast.Expr)
         and isinstance(text.value, ast.Constant)

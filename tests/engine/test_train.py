@@ -1,4 +1,7 @@
-"""Real runs of a few steps: files on disk, resume, stop, refusals (M8, M13-M17, M20, M22, M44-M47)."""
+"""Real runs of a few steps: files on disk, resume, stop, refusals.
+
+M8, M9, M13-M16, M20-M22, M44-M47.
+"""
 
 import csv
 import json

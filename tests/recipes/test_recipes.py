@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from dfptkd.engine.config import LossConfig, RunConfig, TeacherConfig, to_dict
 from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
@@ -19,7 +20,7 @@ from dfptkd.recipes.arms import ARMS
 from dfptkd.recipes.quickstart import quickstart
 
 METHODS = ("ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus")
-# Sections 5.3 and 5.4: recipe -> teacher, student, T, S, KD, DKD, DIST; DKD's beta (5.2, or that of a sister pair)
+# Sections 5.3 and 5.4: recipe -> teacher, student, top-1 of T, S, KD, DKD and DIST, beta of DKD
 PAIRS = {
     "wrn_40_2_wrn_16_2": ("wrn_40_2", "wrn_16_2", "75.61 73.26 74.92 76.24 75.51", 6),
     "wrn_40_2_wrn_40_1": ("wrn_40_2", "wrn_40_1", "75.61 71.98 73.54 74.81 74.43", 6),
@@ -144,7 +145,7 @@ def test_quickstart_brings_everything_itself(method):
     assert config.loss.warmup_epochs < config.epochs
 
 
-# Arms -----------------------------------------------------------------------------------------------
+# Arms ------------------------------------------------------------------------------------------
 
 
 def flat(values: dict, prefix: str = "") -> dict:
