@@ -88,7 +88,7 @@ class PromptConfig:
     fusion_act: Literal["auto", "relu", "none"] = "auto"
     """auto: ReLU where the teacher's stage ends in one."""
     fusion_groups: int = 1
-    """Groups of the fusion convolution; 4 keeps wide teachers under the 10 % line."""
+    """Groups of the fusion convolution; 8 keep wide teachers under the 10 % line."""
     init: Literal["random", "identity"] = "random"
     """identity makes the prompt path equal the teacher at step 0, which the method must not do."""
     insert_stages: tuple[int, ...] | Literal["all"] = "all"
@@ -365,7 +365,8 @@ NOT_KNOWN_FROM_PAPER = (
     "prompt.r1", "prompt.r2", "prompt.kernels", "prompt.arrangement", "prompt.min_width",
     "prompt.prompt_norm", "prompt.prompt_act", "prompt.fusion_norm", "prompt.fusion_act",
     "prompt.fusion_groups", "prompt.init", "prompt.insert_stages", "prompt.bn_mode",
-    "optim.prompt_lr_scale", "optim.backbone_lr_scale",
+    "optim.prompt_lr_scale", "optim.backbone_lr_scale", "epochs", "global_batch", "optim.lr",
+    "optim.schedule", "optim.milestones",
 )  # fmt: skip
 
 

@@ -110,12 +110,11 @@ def run(config: RunConfig) -> RunResult:
         teacher, teacher_record = None, None
         if config.method != "ce":
             weights = resolve_weights(config)
-            state = torch.get_rng_state()
-            teacher = create_model(
-                config.teacher.name, num_classes=data.num_classes, weights=weights
-            )
+            with torch.random.fork_rng(devices=[]):
+                teacher = create_model(
+                    config.teacher.name, num_classes=data.num_classes, weights=weights
+                )
             cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
-            torch.set_rng_state(state)
             teacher_record = {
                 "name": config.teacher.name,
                 "weights": weights,

@@ -48,6 +48,9 @@ ARMS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "identity_init": _prompt(init="identity"),
     "parallel": _prompt(arrangement="parallel"),
     "single_scale": _prompt(kernels=(3,), r2=1.0),
-    "grouped_fusion": _prompt(r1=16, fusion_groups=4),
+    "small_kernels": _prompt(kernels=(1, 3, 5)),
+    "no_prompt_norm": _prompt(prompt_norm="none"),
+    "batch_statistics": _prompt(bn_mode="train"),
+    "grouped_fusion": _prompt(r1=16, fusion_groups=8),
     "dense_fusion": _prompt(r1=4, fusion_groups=1),
 }

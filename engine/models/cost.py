@@ -47,7 +47,7 @@ class TeacherCost:
 
     teacher_params: int
     teacher_macs: int
-    first_stage_macs: int
+    shared_macs: int
     head_macs: int
     prompt_params: int
     fusion_params: int
@@ -86,15 +86,17 @@ def teacher_cost(
         at: Module paths that end a stage.
     """
     shape = (1, 3, *image_size)
-    dual = (
-        DualPathTeacher(copy.deepcopy(teacher).to("meta"), prompt=prompt, at=at).to("meta").eval()
-    )
+    twin = copy.deepcopy(teacher).to("meta")
+    with torch.random.fork_rng(devices=[]):  # new blocks draw; a caller's seeds must not notice
+        dual = DualPathTeacher(twin, prompt=prompt, at=at).to("meta").eval()
     with torch.no_grad():
-        x = dual.original.stages[0](torch.empty(shape, device="meta"))
-        first_stage_macs = count_macs(dual.original.stages[0], shape)
+        x = torch.empty(shape, device="meta")
+        shared_macs = 0
         pair_macs = 0
         for i, stage in enumerate(dual.original.stages, start=1):
-            x = stage(x) if i > 1 else x
+            if i <= dual.shared_stages:
+                shared_macs += count_macs(stage, tuple(x.shape))
+            x = stage(x)
             if f"stage{i}" in dual.pairs:
                 pair_macs += count_macs(dual.pairs[f"stage{i}"], tuple(x.shape))
         features = dual.original.neck(x)
@@ -102,7 +104,7 @@ def teacher_cost(
     return TeacherCost(
         teacher_params=count_params(teacher),
         teacher_macs=count_macs(teacher, shape),
-        first_stage_macs=first_stage_macs,
+        shared_macs=shared_macs,
         head_macs=head_macs,
         prompt_params=sum(count_params(pair.prompt) for pair in dual.pairs.values()),
         fusion_params=sum(count_params(pair.fusion) for pair in dual.pairs.values()),
@@ -118,7 +120,7 @@ def training_macs(method: str, student_macs: int, cost: TeacherCost | None) -> i
         return macs
     macs += cost.teacher_macs
     if method == "dfpt":
-        frozen = cost.teacher_macs - cost.first_stage_macs - cost.head_macs
+        frozen = cost.teacher_macs - cost.shared_macs - cost.head_macs
         macs += 2 * frozen + 3 * cost.added_macs
     elif method == "dfpt_plus":
         macs += 3 * (cost.teacher_macs - cost.head_macs) + 3 * cost.added_macs

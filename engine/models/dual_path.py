@@ -40,10 +40,16 @@ class Trunk(nn.Module):
         self.neck = split.neck
         self.head = split.head
 
-    def finish(self, x: Tensor) -> Tensor:
-        """From the output of stage 1 to the logits."""
-        for stage in self.stages[1:]:
-            x = stage(x)
+    def start(self, x: Tensor, stages: int) -> Tensor:
+        """Output of the first `stages` stages for images x."""
+        for i in range(stages):
+            x = self.stages[i](x)
+        return x
+
+    def finish(self, x: Tensor, done: int) -> Tensor:
+        """From the output of stage `done` to the logits."""
+        for i in range(done, len(self.stages)):
+            x = self.stages[i](x)
         return self.head(self.neck(x))
 
 
@@ -95,6 +101,7 @@ class DualPathTeacher(nn.Module):
                 for i in sorted(inserted)
             }
         )
+        self.inserted = tuple(sorted(inserted))
         self.finetune_backbone = finetune_backbone
         # Frozen batch statistics are what `eval` means; with bn_mode="train" the frozen path
         # normalises by the batch, so it gets buffers of its own (parameters stay shared) and the
@@ -126,9 +133,9 @@ class DualPathTeacher(nn.Module):
         return self
 
     @property
-    def shares_first_stage(self) -> bool:
-        """Whether stem and stage 1 are computed once for both paths."""
-        return self.copied is None
+    def shared_stages(self) -> int:
+        """Stages that are computed once for both paths: up to the first pair; none with a copy."""
+        return min(self.inserted) if self.copied is None else 0
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """The copied backbone of DFPT-KD+; empty otherwise."""
@@ -139,44 +146,45 @@ class DualPathTeacher(nn.Module):
         return [*self.pairs.parameters(), *self.head.parameters()]
 
     def trained_state(self) -> dict[str, Tensor]:
-        """state_dict of what training changes: everything but the original path."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("original.")}
+        """state_dict of what training changes: everything but the frozen teacher."""
+        frozen = {id(p) for p in self.original.parameters()}  # the copy may share them
+        state = self.state_dict(keep_vars=True)
+        return {
+            k: v.detach()
+            for k, v in state.items()
+            if not k.startswith("original.") and id(v) not in frozen
+        }
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `trained_state`; missing or unknown names raise RuntimeError."""
-        original = {k: v for k, v in self.state_dict().items() if k.startswith("original.")}
-        self.load_state_dict({**original, **state})
+        trained = self.trained_state()
+        frozen = {k: v for k, v in self.state_dict().items() if k not in trained}
+        self.load_state_dict({**state, **frozen})  # whatever `state` says of the teacher
 
     def forward(self, images: Tensor) -> DualPathOutput:  # images [B, 3, H, W], normalised
         with torch.no_grad():
-            first = self.original.stages[0](images)
-            teacher_logits = self.original.finish(first)
-        return DualPathOutput(teacher_logits, self.prompt_path(images, first))
+            shared = self.original.start(images, self.shared_stages)
+            teacher_logits = self.original.finish(shared, self.shared_stages)
+        return DualPathOutput(teacher_logits, self._continue(shared))
 
     def original_path(self, images: Tensor) -> Tensor:
         """Logits of the original path alone, without a graph."""
         with torch.no_grad():
-            return self.original.finish(self.original.stages[0](images))
+            return self.original.finish(images, 0)
 
-    def prompt_path(self, images: Tensor, first: Tensor | None = None) -> Tensor:
-        """Logits of the prompt path alone.
+    def prompt_path(self, images: Tensor) -> Tensor:
+        """Logits of the prompt path alone; images [B, 3, H, W], normalised."""
+        with torch.no_grad():
+            shared = self.original.start(images, self.shared_stages)
+        return self._continue(shared)
 
-        Args:
-            images: [B, 3, H, W], normalised.
-            first: Output of the original path's stage 1 for these images, used where the stage is
-                shared.
-        """
+    def _continue(self, x: Tensor) -> Tensor:
+        """The prompt path from the output of the shared stages on (of none: the images)."""
         trunk = self.copied if self.copied is not None else self.original
-        x = images
         for i, stage in enumerate(trunk.stages, start=1):
-            if i == 1 and self.shares_first_stage:
-                if first is None:
-                    with torch.no_grad():
-                        first = stage(x)
-                x = first
-            else:
+            if i > self.shared_stages:
                 x = stage(x)
-            if f"stage{i}" in self.pairs:
+            if i in self.inserted:
                 x = self.pairs[f"stage{i}"](x)
         return self.head(trunk.neck(x))
 
@@ -195,7 +203,7 @@ class DualPathTeacher(nn.Module):
             ratio_B = prompt.float().flatten(1).norm(dim=1) / x.float().flatten(1).norm(
                 dim=1
             ).clamp(min=1e-12)
-            entry = torch.stack([ratio_B.sum(), ratio_B.new_tensor(len(ratio_B))]).detach()
+            entry = torch.stack([ratio_B.sum(), ratio_B.new_full((), len(ratio_B))]).detach()
             ratios[name] = ratios[name] + entry if name in ratios else entry
 
         handles = [

@@ -220,8 +220,10 @@ def test_warm_up_from_zero_is_labels_only_at_first():
     warm = train(make_step("kd", loss=LossConfig(kd_ce=1.0, warmup_epochs=1.0)), count=1)
     labels = train(make_step("ce"), count=1)
     full = train(make_step("kd", loss=LossConfig(kd_ce=1.0)), count=1)
-    assert same(student_state(warm), student_state(labels))
-    assert not same(student_state(full), student_state(labels))
+    # Two routes to the same gradient: equal but for the order of a sum.
+    torch.testing.assert_close(student_state(warm), student_state(labels))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(student_state(full), student_state(labels))
 
 
 def test_on_the_cpu_auto_means_fp32_without_scaling():

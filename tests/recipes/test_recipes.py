@@ -178,7 +178,7 @@ CHANGES = {
     "identity_init": {"prompt.init": "identity"},
     "parallel": {"prompt.arrangement": "parallel"},
     "single_scale": {"prompt.kernels": (3,), "prompt.r2": 1.0},
-    "grouped_fusion": {"prompt.r1": 16, "prompt.fusion_groups": 4},
+    "grouped_fusion": {"prompt.r1": 16, "prompt.fusion_groups": 8},
     "dense_fusion": {},
 }
 REQUIRED = {

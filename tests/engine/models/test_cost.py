@@ -1,6 +1,7 @@
 """M45 and section 7: parameters and MACs of the prompt path and of a training step."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_M45_added_cost_is_that_of_table_7_2(name):
     )
     found = tuple(printed_like(v, e) for v, e in zip(values, ADDED[name], strict=True))
     assert found == ADDED[name]
-    assert f"{cost.first_stage_macs / 1e6:.1f}" == FIRST_STAGE[name]
+    assert f"{cost.shared_macs / 1e6:.1f}" == FIRST_STAGE[name]
 
 
 @pytest.mark.parametrize(
@@ -153,15 +154,7 @@ def alarms(cost: TeacherCost) -> list[str | None]:
     ]
 
 
-TOO_MANY_PARAMETERS = pytest.mark.xfail(
-    strict=True,
-    reason="WIDE_TEACHER adds 10.5 % parameters to the CIFAR ResNet50 (8 groups: 7.6 %)",
-)
-
-
-@pytest.mark.parametrize(
-    "name", ["cifar:vgg13", pytest.param("cifar:ResNet50", marks=TOO_MANY_PARAMETERS)]
-)
+@pytest.mark.parametrize("name", ["cifar:vgg13", "cifar:ResNet50"])
 def test_M45_recipes_for_wide_teachers_stay_under_ten_percent(name):
     cost = cost_of(name, WIDE_TEACHER)
     assert cost.macs_overhead_percent < 10
@@ -170,8 +163,11 @@ def test_M45_recipes_for_wide_teachers_stay_under_ten_percent(name):
 
 
 def test_M45_grouped_fusion_on_an_imagenet_teacher():
+    """Its new head alone is 8 % of the parameters, so these are judged without it."""
     cost = cost_of("torchvision:resnet50", WIDE_TEACHER)
-    assert 7 < cost.macs_overhead_percent < 9
+    assert cost.macs_overhead_percent < 6
+    four = cost_of("torchvision:resnet50", replace(WIDE_TEACHER, fusion_groups=4))
+    assert 8 < four.macs_overhead_percent < 8.5
     blocks = cost.prompt_params + cost.fusion_params
     assert 100 * blocks / cost.teacher_params < 10
 
@@ -219,12 +215,12 @@ def test_M48_training_macs_are_those_of_table_7_3(pair):
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus"])
-@pytest.mark.parametrize("stages", ["all", (1, 3)])
+@pytest.mark.parametrize("stages", ["all", (1, 3), (2,), (3,)])
 def test_M48_training_macs_are_what_a_real_step_does(method, stages):
     """An actual forward and backward pass, counted.
 
     The formulas charge an input gradient to every convolution. Autograd leaves it out where the
-    input needs none: at the image, and at the frozen output of stage 1, which P_1 reads.
+    input needs none: at the image, and at the frozen output that the first P_i reads.
     """
     prompt, batch = PromptConfig(insert_stages=stages), 2
     teacher, student = make_model("cifar:resnet14"), make_model("cifar:resnet8")
@@ -239,7 +235,8 @@ def test_M48_training_macs_are_what_a_real_step_does(method, stages):
     counted = counter.get_total_flops() // (2 * batch)
 
     stem = 32 * 32 * 16 * 3 * 9
-    first_down = 32 * 32 * 16 * 8  # C = 16, m = 8
+    first_pair = 1 if stages == "all" else min(stages)
+    first_down = {1: 32 * 32 * 16 * 8, 2: 16 * 16 * 32 * 8, 3: 8 * 8 * 64 * 16}[first_pair]
     left_out = {"dfpt": stem + first_down, "dfpt_plus": 2 * stem}.get(method, stem)
     assert counted == formula - left_out
     assert left_out < 0.02 * formula

@@ -337,7 +337,7 @@ def test_M8_training_mode_of_each_part(fields, copy_trains):
     def modes(module: nn.Module) -> set[bool]:
         return {m.training for m in module.modules()}
 
-    assert (dual.copied is None) is (copy_trains is None) is dual.shares_first_stage
+    assert (dual.copied is None) is (copy_trains is None) is (dual.shared_stages > 0)
     for mode in (True, False, True):
         nn.Sequential(dual).train(mode)  # as a method that holds it does
         assert modes(dual.original) == {False}
@@ -381,7 +381,7 @@ def test_M12_sharing_the_first_stage_changes_no_loss_and_no_gradient(name):
 
 def test_M12_a_copied_stage_is_not_shared():
     dual = make_dual(plus=True)
-    assert not dual.shares_first_stage
+    assert dual.shared_stages == 0
     dual(images()).prompt_logits.sum().backward()
     assert dual.copied.stages[0][0].weight.grad.abs().sum() > 0
 
