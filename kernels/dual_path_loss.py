@@ -255,7 +255,7 @@ class _EagerFusedLoss(torch.autograd.Function):
         scaled = not ctx.is_root and (grad_total.is_cuda or grad_total.item() != 1)
         grads = [
             (grad * grad_total if scaled else grad) if needed else None
-            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[3:])
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=False)
         ]
         return None, None, None, *grads, *[None] * (ctx.num_inputs - 3 - len(grads))
 
