@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 METHODS := ce kd dfpt dfpt_plus
 
-.PHONY: install test lint native demo
+.PHONY: install test lint native demo aot
 
 install: $(STAMP)
 
@@ -34,3 +34,7 @@ demo: $(STAMP)
 	  $(BIN)/dfptkd train quickstart --method $$method --seeds 0,1,2 $(DEMO_FLAGS) || exit $$?; \
 	done
 	$(BIN)/dfptkd report runs/quickstart-*-seed* --out runs/quickstart.html
+
+# Compiles every Triton kernel for every architecture and dtype, without a GPU; fails on a spill.
+aot: $(STAMP)
+	$(BIN)/python -m dfptkd.bench.aot

@@ -51,10 +51,12 @@ class Report:
     """Widest matrix instruction in the PTX, or "none"."""
     loads: tuple[str, ...]
     """Kinds of global load in the PTX, such as "ld.global.v4.b32"."""
-    row_loads: int
+    load_count: int
     """Number of global loads in the PTX."""
     barriers: int
     """Number of block-wide barriers in the PTX."""
+    asserts: bool
+    """Whether a device-side assertion is left in."""
 
 
 def report(
@@ -99,8 +101,9 @@ def report(
         shared_bytes=compiled.metadata.shared,
         mma=next((m for m in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if m in ptx), "none"),
         loads=tuple(sorted(set(loads))),
-        row_loads=len(loads),
+        load_count=len(loads),
         barriers=len(re.findall(r"\bbar(?:rier)?\.sync", ptx)),
+        asserts="__assertfail" in ptx,
     )
 
 
@@ -189,7 +192,7 @@ def _line(row: Row) -> str:
     widest = r.loads[-1].removeprefix("ld.global.") if r.loads else "none"
     return (
         f"{row.kernel:32} {row.dtype:5} sm_{row.capability:<4} {r.registers:4} {r.stack_bytes:5} "
-        f"{r.shared_bytes:6} {widest:8} {r.row_loads:5} {r.barriers:5}  {'; '.join(row.faults)}"
+        f"{r.shared_bytes:6} {widest:8} {r.load_count:5} {r.barriers:5}  {'; '.join(row.faults)}"
     )
 
 

@@ -266,14 +266,14 @@ def fused_weights(weights: tuple[float, ...] | Tensor, device: torch.device) -> 
         return weights.detach().to(torch.float32)
     if torch.compiler.is_compiling():  # filled on the device: a copy from the host bars CUDA graphs
         return torch.stack([torch.full((), w, dtype=torch.float32, device=device) for w in weights])
-    if device.type == "cpu" or is_in_torch_dispatch_mode():
+    if is_in_torch_dispatch_mode():  # it may make another kind of tensor
         return torch.tensor(weights, dtype=torch.float32, device=device)
     return _weights_on(weights, device)
 
 
 @functools.lru_cache(maxsize=64)
 def _weights_on(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    """Remembered, because the copy from the host waits for the device."""
+    """Remembered, because the copy to a GPU waits for it."""
     return torch.tensor(weights, dtype=torch.float32, device=device)
 
 

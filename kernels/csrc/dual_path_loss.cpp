@@ -66,13 +66,12 @@ inline __attribute__((always_inline)) float exp_of_negative(float x) {
   return x < kSmallest ? 0.0f : std::bit_cast<float>(scaled);
 }
 
-// Copies z; returns the largest value, NaN left out, -inf where there is none.
+// Largest value, NaN left out; -inf where there is none.
 DFPTKD_CLONES
-float copy_and_max(const float* __restrict z, int64_t count, float* __restrict copy) {
+float largest(const float* __restrict z, int64_t count) {
   float max = -kInfinity;
 #pragma omp simd reduction(max : max)
   for (int64_t j = 0; j < count; ++j) {
-    copy[j] = z[j];
     max = z[j] > max ? z[j] : max;
   }
   return max;
@@ -279,8 +278,8 @@ constexpr int64_t kScratch = 4;  // padded rows that a path needs
 Path read_path(const float* row, const Options& options, float* scratch, bool learns) {
   const int64_t classes = options.classes, padded = options.padded();
   Path path{scratch, scratch + padded, scratch + 2 * padded, scratch + 3 * padded, 0, 0, 0, 0};
-  path.max = copy_and_max(row, classes, path.logits);
-  std::fill(path.logits + classes, path.logits + padded, -kInfinity);
+  std::fill(std::copy_n(row, classes, path.logits), path.logits + padded, -kInfinity);
+  path.max = largest(path.logits, padded);
   path.sum = tempered_exponentials(path.logits, padded, path.max, Reciprocal(options.tau),
                                    path.scaled, path.exps);
   path.log_sum = std::log(path.sum);
