@@ -31,6 +31,7 @@ VERBS = {
     "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
     "report": "table and one-file HTML report: dfptkd report RUN... [--out FILE]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
+    "bench": "measurements side by side: dfptkd bench kernels [--shapes 256x1000] [--rounds N]",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
 
@@ -71,6 +72,7 @@ def _dispatch(argv: list[str]) -> int:
         "eval": _eval,
         "report": _report,
         "export": _export,
+        "bench": _bench,
         "doctor": _doctor,
     }
     if verb not in commands:
@@ -381,6 +383,14 @@ def _export(args: list[str]) -> int:
         overwrite=options.overwrite,
     )
     return 0
+
+
+def _bench(args: list[str]) -> int:
+    parts = ("kernels",)
+    if not args or args[0] not in parts:
+        raise UsageError(f"bench: expected what to measure, one of: {' '.join(parts)}")
+    package = __package__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.bench.{args[0]}").main(args[1:])
 
 
 def _doctor(args: list[str]) -> int:

@@ -5,12 +5,14 @@ The body runs eagerly; other execution modes wrap the same body.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ..kernels import use_backend
 from .config import RunConfig
 from .data import Batch, ImageData
+from .guards import Certificate, certify
 from .methods import Method, StepOutput
 from .metrics import EpochMeter, normaliser
 from .optim import build_ema, build_optimizer, build_schedule
@@ -47,6 +49,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.meter = EpochMeter(method.term_names, device)
         self.normalise = normaliser(data)
+        self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -63,6 +66,17 @@ class TrainStep:
             self.device.type, DTYPES.get(self.precision), enabled=self.precision in DTYPES
         )
 
+    def loss_backend(self) -> AbstractContextManager:
+        """The reference where the certificate has failed, else whatever serves."""
+        return use_backend("reference") if self.reference_only else nullcontext()
+
+    def certify(self, batch: Batch) -> Certificate | None:
+        """Check the fused loss on a batch; nothing of the run's state moves."""
+        with self.autocast():
+            certificate = certify(self.method, self.normalise(batch), batch.labels)
+        self.reference_only = certificate is not None and not certificate.holds
+        return certificate
+
     def __call__(self, batch: Batch, step: int) -> None:
         """Do step number `step` (from 0) on `batch`."""
         images = self.normalise(batch)
@@ -70,7 +84,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.accumulate
         for part, labels in zip(images.chunk(parts), batch.labels.chunk(parts), strict=True):
-            with self.autocast():
+            with self.autocast(), self.loss_backend():
                 output: StepOutput = self.method(part, labels, distillation)
             self.scaler.scale(output.total * (len(labels) / len(batch.labels))).backward()
             self.meter.add(output, len(labels))

@@ -34,7 +34,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
-from .data import ImageData, load_data, steps_per_epoch, train_batches
+from .data import Batch, ImageData, load_data, steps_per_epoch, train_batches
 from .errors import DataError, NumericError, Stopped, UsageError
 from .files import write_atomically
 from .log import ProgressLine, RunLog, clock, commit, hardware, versions, write_json
@@ -168,6 +168,7 @@ class Trainer:
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
         self.alarmed = False
+        self.certified = False
         self.saved_step: int | None = None
 
     def train(self, checkpoint: Checkpoint | None, record: dict[str, Any]) -> RunResult:
@@ -271,6 +272,8 @@ class Trainer:
             start_step=done_in_epoch,
             workers=config.data.workers,
         ):
+            if not self.certified:
+                self.certify(batch)
             self.step(batch, progress.step)
             progress.step += 1
             if line.due():
@@ -282,6 +285,18 @@ class Trainer:
         seconds = time.monotonic() - started
         progress.seconds += seconds
         progress.speeds.append((progress.step - first) * config.global_batch / seconds)
+
+    def certify(self, batch: Batch) -> None:
+        """Log once how far the fused loss is from the reference; beyond rounding, fall back."""
+        self.certified = True
+        certificate = self.step.certify(batch)
+        if certificate is None:
+            return
+        if certificate.holds:
+            self.log.event("certificate", str(certificate), self.progress.step)
+        else:
+            warning = f"{certificate}, more than rounding: the run uses the reference"
+            self.log.warn("certificate_failed", warning, self.progress.step)
 
     def end_of_epoch(self, means: dict[str, float]) -> None:
         """Evaluate, log and save, where it is time to; an epoch cut by max_steps counts as one."""

@@ -249,7 +249,6 @@ class _EagerFusedLoss(torch.autograd.Function):
         return total, *by_products
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         # On a CPU a look at the value costs nothing; on a GPU it would wait for the device.
         scaled = not ctx.is_root and (grad_total.is_cuda or grad_total.item() != 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class Method(nn.Module):
     """
 
     term_names: tuple[str, ...] = ()
+    operation: str | None = None
+    """The fused loss that the method calls, if one; it then has `all_logits` and `losses`."""
 
     def __init__(self, student: nn.Module, loss: LossConfig) -> None:
         super().__init__()
@@ -41,6 +44,14 @@ class Method(nn.Module):
     def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
         """One forward pass of every network and all loss terms."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits [B, C] of every network, in the order that `losses` takes them."""
+        raise TypeError(f"{type(self).__name__} has no fused loss")
+
+    def losses(self, *logits_target_distillation: Any) -> StepOutput:
+        """All loss terms from logits, labels and the warm-up factor."""
+        raise TypeError(f"{type(self).__name__} has no fused loss")
 
     def prompt_logits(self, images: Tensor) -> Tensor | None:
         """Logits [B, C] of the prompt path; None for a method that has none."""

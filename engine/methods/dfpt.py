@@ -45,17 +45,31 @@ class DualPathDistillation(Method):
     """Student and prompt path together; DFPT-KD+ where the teacher has a copied backbone."""
 
     term_names = TERMS
+    operation = "dual_path_loss"
 
     def __init__(self, student: nn.Module, teacher: DualPathTeacher, loss: LossConfig) -> None:
         super().__init__(student, loss)
         self.teacher = teacher
 
     def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
+        return self.losses(*self.all_logits(images), target, distillation)
+
+    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         teacher_logits, prompt_logits = self.teacher(images)
+        return self.student(images), prompt_logits, teacher_logits
+
+    def losses(
+        self,
+        student: Tensor,
+        prompt: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        distillation: float,
+    ) -> StepOutput:
         result = dual_path_loss(
-            self.student(images),
-            prompt_logits,
-            teacher_logits,
+            student,
+            prompt,
+            teacher,
             target,
             tau=self.loss.tau,
             weights=path_weights(self.loss, distillation),

@@ -15,12 +15,21 @@ class KnowledgeDistillation(FrozenTeacherMethod):
     """Weights 0.1 / 0.9 and temperature 4 are those of mdistiller and RepDistiller."""
 
     term_names = ("ce", "kl")
+    operation = "distillation_loss"
 
     def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
+        return self.losses(*self.all_logits(images), target, distillation)
+
+    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.student(images), self.teacher_logits(images)
+
+    def losses(
+        self, student: Tensor, teacher: Tensor, target: Tensor, distillation: float
+    ) -> StepOutput:
         loss = self.loss
         result = distillation_loss(
-            self.student(images),
-            self.teacher_logits(images),
+            student,
+            teacher,
             target,
             tau=loss.tau,
             ce_weight=loss.kd_ce,

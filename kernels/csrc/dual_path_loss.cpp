@@ -87,24 +87,6 @@ int64_t count_equal(const float* __restrict z, int64_t count, float value) {
   return equal;
 }
 
-// exps = exp(z - max); returns their sum.
-DFPTKD_CLONES
-double exponentials(const float* __restrict z, int64_t count, float max, float* __restrict exps) {
-  double sum = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, count);
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t j = begin; j < end; ++j) {
-      const float value = exp_of_negative(z[j] - max);
-      exps[j] = value;
-      part += value;
-    }
-    sum += part;
-  }
-  return sum;
-}
-
 // 1 / tau in two parts: a product with both is as exact as the division, and faster.
 struct Reciprocal {
   explicit Reciprocal(double tau)
@@ -113,29 +95,58 @@ struct Reciprocal {
   float high, low;
 };
 
-// scaled = (z - max) / tau, exps = exp(scaled); returns the sum of exps.
-DFPTKD_CLONES
-double tempered_exponentials(const float* __restrict z, int64_t count, float max,
-                             Reciprocal per_tau, float* __restrict scaled, float* __restrict exps) {
+// d / tau for d <= 0.
+inline __attribute__((always_inline)) float tempered(float d, Reciprocal per_tau) {
   constexpr float kLowest = std::numeric_limits<float>::lowest();
-  const float high = per_tau.high, low = per_tau.low;
+  const float finite = d < kLowest ? kLowest : d;  // -inf times low may be NaN
+  return d * per_tau.high + finite * per_tau.low;
+}
+
+// In place z becomes a = (z - max) / tau; writes e = exp(a) and returns its sum.
+DFPTKD_CLONES
+double exponentials(float* __restrict z, int64_t count, float max, Reciprocal per_tau,
+                    float* __restrict exps) {
   double sum = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, count);
     float part = 0;
 #pragma omp simd reduction(+ : part)
     for (int64_t j = begin; j < end; ++j) {
-      const float shifted = z[j] - max;
-      const float finite = shifted < kLowest ? kLowest : shifted;  // -inf times low may be NaN
-      const float exponent = shifted * high + finite * low;
-      const float value = exp_of_negative(exponent);
-      scaled[j] = exponent;
-      exps[j] = value;
-      part += value;
+      const float a = tempered(z[j] - max, per_tau);
+      const float e = exp_of_negative(a);
+      z[j] = a;
+      exps[j] = e;
+      part += e;
     }
     sum += part;
   }
   return sum;
+}
+
+// The same, and f = exp(z - max) with its sum.
+DFPTKD_CLONES
+std::tuple<double, double> exponentials_of_learner(float* __restrict z, int64_t count, float max,
+                                                   Reciprocal per_tau, float* __restrict exps,
+                                                   float* __restrict shifted_exps) {
+  double sum = 0, shifted_sum = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    float part = 0, shifted_part = 0;
+#pragma omp simd reduction(+ : part, shifted_part)
+    for (int64_t j = begin; j < end; ++j) {
+      const float d = z[j] - max;
+      const float a = tempered(d, per_tau);
+      const float e = exp_of_negative(a), f = exp_of_negative(d);
+      z[j] = a;
+      exps[j] = e;
+      shifted_exps[j] = f;
+      part += e;
+      shifted_part += f;
+    }
+    sum += part;
+    shifted_sum += shifted_part;
+  }
+  return {sum, shifted_sum};
 }
 
 // The sum of e_q (a_q - a_p - offset); classes of probability 0 under q add nothing.
@@ -265,30 +276,31 @@ struct Options {
   }
 };
 
-// What is known of one row; each array is padded.
+// What is known of one row.
 struct Path {
-  float *logits, *scaled, *exps, *shifted_exps;  // z, a, e and, for a learner, f
-  float max;
-  double sum, log_sum;  // of e
-  double shifted_sum;   // of f
+  const float* logits;                  // [C]
+  float *scaled, *exps, *shifted_exps;  // padded: a, e and, for a learner, f
+  float max = 0;
+  double sum = 0, log_sum = 0;  // of e
+  double shifted_sum = 0;       // of f
 };
 
-constexpr int64_t kScratch = 4;  // padded rows that a path needs
+constexpr int64_t kScratch = 3;  // padded rows that a path needs
 
 Path read_path(const float* row, const Options& options, float* scratch, bool learns) {
-  const int64_t classes = options.classes, padded = options.padded();
-  Path path{scratch, scratch + padded, scratch + 2 * padded, scratch + 3 * padded, 0, 0, 0, 0};
-  std::fill(std::copy_n(row, classes, path.logits), path.logits + padded, -kInfinity);
-  path.max = largest(path.logits, padded);
-  path.sum = tempered_exponentials(path.logits, padded, path.max, Reciprocal(options.tau),
-                                   path.scaled, path.exps);
-  path.log_sum = std::log(path.sum);
-  if (learns && options.tau == 1) {
-    std::copy_n(path.exps, padded, path.shifted_exps);
-    path.shifted_sum = path.sum;
-  } else if (learns) {
-    path.shifted_sum = exponentials(path.logits, padded, path.max, path.shifted_exps);
+  const int64_t padded = options.padded();
+  const Reciprocal per_tau(options.tau);
+  Path path{row, scratch, scratch + padded, scratch + 2 * padded};
+  std::fill(std::copy_n(row, options.classes, path.scaled), path.scaled + padded, -kInfinity);
+  path.max = largest(path.scaled, padded);
+  if (learns && options.tau != 1) {
+    std::tie(path.sum, path.shifted_sum) = exponentials_of_learner(
+        path.scaled, padded, path.max, per_tau, path.exps, path.shifted_exps);
+  } else {
+    path.sum = path.shifted_sum = exponentials(path.scaled, padded, path.max, per_tau, path.exps);
+    std::copy_n(path.exps, learns ? padded : 0, path.shifted_exps);
   }
+  path.log_sum = std::log(path.sum);
   return path;
 }
 
@@ -387,12 +399,20 @@ void learn(const Path& learner, const Path* const (&supervisors)[2], const Label
 
 // A batch -----------------------------------------------------------------------------------------
 
+// Every call into PyTorch costs as much as several short rows: none where nothing changes.
+Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // Rows [B, C] in fp32 with any stride over B.
 struct Rows {
   explicit Rows(const Tensor& given)
-      : tensor(torch::stable::to(
-            given.stride(1) == 1 || given.size(1) == 1 ? given : torch::stable::contiguous(given),
-            ScalarType::Float)),
+      : tensor(as_dtype(given.stride(1) == 1 ? given : torch::stable::contiguous(given),
+                        ScalarType::Float)),
         data(tensor.const_data_ptr<float>()),
         stride(tensor.stride(0)) {}
 
@@ -412,7 +432,7 @@ class Labels {
       soft_.emplace(target);
       return;
     }
-    hard_.emplace(torch::stable::contiguous(target));
+    hard_.emplace(as_contiguous(target));
     index_ = hard_->const_data_ptr<int64_t>();
     for (int64_t row = 0; row < target.size(0); ++row) {
       count_ -= index_[row] == ignore_index;
@@ -490,7 +510,7 @@ Sums over_rows(int64_t rows, int64_t num_paths, const Labels& labels, const Opti
 std::vector<double> as_numbers(const Tensor& weights, int64_t count) {
   STD_TORCH_CHECK(weights.numel() == count && weights.scalar_type() == ScalarType::Float,
                   "weights: expected fp32 [", count, "]");
-  const Tensor dense = torch::stable::contiguous(weights);
+  const Tensor dense = as_contiguous(weights);
   const float* values = dense.const_data_ptr<float>();
   return {values, values + count};
 }
@@ -561,8 +581,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_path_loss(
           tensor_of<float>(sums.terms, ScalarType::Float, {6}),
           tensor_of<int64_t>(std::vector{sums.hits[0]}, ScalarType::Long, {}),
           tensor_of<int64_t>(std::vector{sums.hits[1]}, ScalarType::Long, {}),
-          torch::stable::to(grad_student, student.scalar_type()),
-          torch::stable::to(grad_prompt, prompt.scalar_type())};
+          as_dtype(grad_student, student.scalar_type()),
+          as_dtype(grad_prompt, prompt.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
@@ -592,7 +612,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distillation_loss(
   return {tensor_of<float>(std::vector{sums.total}, ScalarType::Float, {}),
           tensor_of<float>(sums.terms, ScalarType::Float, {2}),
           tensor_of<int64_t>(std::vector{sums.hits[0]}, ScalarType::Long, {}),
-          torch::stable::to(grad_student, student.scalar_type())};
+          as_dtype(grad_student, student.scalar_type())};
 }
 
 }  // namespace

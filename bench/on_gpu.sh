@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# GPU checks and measurements of one part: bench/on_gpu.sh loss
+#
+# Needs an NVIDIA GPU, PyTorch >= 2.11 and Triton >= 3.6; no network, no install, no tyro. Stays
+# within 9 minutes. Correctness first; a short table last; rows for bench/results.csv and the full
+# output are left in $OUT (or bench/out).
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+part=${1:-}
+out=${OUT:-$root/bench/out}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+
+# The repository root is the package: a link makes it importable under its name.
+path=$(mktemp -d)
+trap 'rm -rf "$path"' EXIT
+ln -s "$root" "$path/dfptkd"
+export PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}"
+
+case $part in
+loss)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
+  (cd "$path" && timeout 240 "$python" -m pytest -q --import-mode=importlib -p no:cacheprovider \
+    "$root/tests/kernels/test_fused_loss_gpu.py") 2>&1 | tee "$out/loss-tests.txt" | tail -n 15
+  if command -v compute-sanitizer > /dev/null; then
+    (cd "$path" && timeout 90 compute-sanitizer --error-exitcode 9 "$python" -c "
+import torch
+from dfptkd.kernels import dual_path_loss
+for rows, classes in ((7, 10), (33, 1001), (3, 21841)):
+    s, p, t = torch.randn(3, rows, classes, device='cuda', dtype=torch.bfloat16)
+    y = torch.randint(classes, (rows,), device='cuda')
+    s.requires_grad_(), p.requires_grad_()
+    dual_path_loss(s, p, t, y).total.backward()
+torch.cuda.synchronize()
+") > "$out/loss-sanitizer.txt" 2>&1 && echo "compute-sanitizer: clean" || tail -n 20 "$out/loss-sanitizer.txt"
+  fi
+  (cd "$path" && timeout 180 "$python" -m dfptkd.bench.kernels --device cuda \
+    --out "$out/results.csv") 2>&1 | tee "$out/loss-bench.txt" | tail -n 60
+  ;;
+*)
+  echo "usage: bench/on_gpu.sh loss" >&2
+  exit 2
+  ;;
+esac
