@@ -250,13 +250,20 @@ class _EagerFusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        # On a CPU a look at the value costs nothing; on a GPU it would wait for the device.
-        scaled = not ctx.is_root and (grad_total.is_cuda or grad_total.item() != 1)
-        grads = [
-            (grad * grad_total if scaled else grad) if needed else None
-            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=False)
-        ]
-        return None, None, None, *grads, *[None] * (ctx.num_inputs - 3 - len(grads))
+        # The refusal of a second derivative takes time that only create_graph need spend.
+        return (_scale_once if torch.is_grad_enabled() else _scale)(ctx, grad_total)
+
+
+def _scale(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    grads = ctx.saved_tensors
+    # On a CPU a look at the value costs nothing; on a GPU it would wait for the device.
+    if not ctx.is_root and (grad_total.is_cuda or grad_total.item() != 1):
+        needed = ctx.needs_input_grad[3:]
+        grads = [g * grad_total if n else None for g, n in zip(grads, needed, strict=False)]
+    return None, None, None, *grads, *[None] * (ctx.num_inputs - 3 - len(grads))
+
+
+_scale_once = once_differentiable(_scale)
 
 
 def fused_weights(weights: tuple[float, ...] | Tensor, device: torch.device) -> Tensor:

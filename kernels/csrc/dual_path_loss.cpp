@@ -263,6 +263,57 @@ void write_reversed_gradient(const Gradient& g, int64_t count, float* __restrict
   }
 }
 
+// What a learner's gradient takes in `walk_once`: label (f ce - uniform) + own e - teacher e_T -
+// other e_other.
+struct Factors {
+  float label, ce, uniform, own, teacher, other;
+};
+
+// What `walk_once` reads of a path: a, e and, for a learner, f.
+struct Streams {
+  const float *scaled, *exps, *shifted_exps;
+};
+
+// The common case in one walk over the row: hard labels, forward KL, all numbers finite. Sums of
+// e_q (a_q - a_p - offset) for KL(T || S), KL(P || S), KL(T || P), KL(S || P), and both gradients.
+DFPTKD_CLONES
+void walk_once(const Streams& student, const Streams& prompt, const Streams& teacher,
+               const float (&offset)[4], const Factors& for_student, const Factors& for_prompt,
+               int64_t count, double (&sums)[4], float* __restrict grad_s,
+               float* __restrict grad_p) {
+  const float* __restrict a_s = student.scaled;
+  const float* __restrict a_p = prompt.scaled;
+  const float* __restrict a_t = teacher.scaled;
+  const float* __restrict e_s = student.exps;
+  const float* __restrict e_p = prompt.exps;
+  const float* __restrict e_t = teacher.exps;
+  const float* __restrict f_s = student.shifted_exps;
+  const float* __restrict f_p = prompt.shifted_exps;
+  const float o_ts = offset[0], o_ps = offset[1], o_tp = offset[2], o_sp = offset[3];
+  const Factors s = for_student, p = for_prompt;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    float ts = 0, ps = 0, tp = 0, sp = 0;
+#pragma omp simd reduction(+ : ts, ps, tp, sp)
+    for (int64_t j = begin; j < end; ++j) {
+      const bool has_s = a_s[j] != -kInfinity, has_p = a_p[j] != -kInfinity,
+                 has_t = a_t[j] != -kInfinity;
+      ts += has_t ? e_t[j] * ((a_t[j] - a_s[j]) - o_ts) : 0.0f;
+      ps += has_p ? e_p[j] * ((a_p[j] - a_s[j]) - o_ps) : 0.0f;
+      tp += has_t ? e_t[j] * ((a_t[j] - a_p[j]) - o_tp) : 0.0f;
+      sp += has_s ? e_s[j] * ((a_s[j] - a_p[j]) - o_sp) : 0.0f;
+      const float ce_s = s.label * (f_s[j] * s.ce - s.uniform);
+      const float ce_p = p.label * (f_p[j] * p.ce - p.uniform);
+      grad_s[j] = ce_s + ((s.own * e_s[j] - s.teacher * e_t[j]) - s.other * e_p[j]);
+      grad_p[j] = ce_p + ((p.own * e_p[j] - p.teacher * e_t[j]) - p.other * e_s[j]);
+    }
+    sums[0] += ts;
+    sums[1] += ps;
+    sums[2] += tp;
+    sums[3] += sp;
+  }
+}
+
 // One row -----------------------------------------------------------------------------------------
 
 struct Options {
@@ -395,6 +446,44 @@ void learn(const Path& learner, const Path* const (&supervisors)[2], const Label
     g.own = own != 0 ? static_cast<float>(own * options.tau / learner.sum) : 0.0f;
     write_gradient(g, options.classes, grad);
   }
+}
+
+Factors factors(const Path& own, const Path& teacher, const Path& other, const Gradient& labels,
+                const Options& options, const double* weights) {
+  const double tau = options.tau;
+  return {labels.label,
+          labels.ce,
+          labels.label != 0 ? labels.smoothing.uniform : 0.0f,
+          static_cast<float>((weights[1] + weights[2]) * tau / own.sum),
+          static_cast<float>(weights[1] * tau / teacher.sum),
+          static_cast<float>(weights[2] * tau / other.sum)};
+}
+
+// Both learners of a row in the common case (see `walk_once`); the arguments are those of `learn`.
+void learn_both(const Path& student, const Path& prompt, const Path& teacher, const Label& label,
+                const Options& options, const double* weights, double* terms, float* grad_s,
+                float* grad_p) {
+  Gradient labels_s, labels_p;
+  terms[0] = cross_entropy(student, label, options, weights[0], labels_s);
+  terms[3] = cross_entropy(prompt, label, options, weights[3], labels_p);
+  const auto offset = [](const Path& q, const Path& p) {
+    return static_cast<float>(q.log_sum - p.log_sum);
+  };
+  const auto streams = [](const Path& path) {
+    return Streams{path.scaled, path.exps, path.shifted_exps};
+  };
+  double sums[4] = {0, 0, 0, 0};
+  walk_once(streams(student), streams(prompt), streams(teacher),
+            {offset(teacher, student), offset(prompt, student), offset(teacher, prompt),
+             offset(student, prompt)},
+            factors(student, teacher, prompt, labels_s, options, weights),
+            factors(prompt, teacher, student, labels_p, options, weights + 3), options.classes,
+            sums, grad_s, grad_p);
+  const double scale = options.tau * options.tau;
+  terms[1] = scale * sums[0] / teacher.sum;
+  terms[2] = scale * sums[1] / prompt.sum;
+  terms[4] = scale * sums[2] / teacher.sum;
+  terms[5] = scale * sums[3] / student.sum;
 }
 
 // A batch -----------------------------------------------------------------------------------------
@@ -570,10 +659,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_path_loss(
         const Path path_p = read_path(p[r], options, scratch + stride, true);
         const Path path_t = read_path(t[r], options, scratch + 2 * stride, false);
         const Label label = labels[r];
-        learn(path_s, {&path_t, &path_p}, label, options, &shares[0], zeros, terms,
-              grad_s + r * classes);
-        learn(path_p, {&path_t, &path_s}, label, options, &shares[3], zeros, terms + 3,
-              grad_p + r * classes);
+        const bool finite = std::isfinite(path_s.sum + path_p.sum + path_t.sum);
+        if (finite && !label.probabilities && !options.reverse_kl) {
+          learn_both(path_s, path_p, path_t, label, options, shares.data(), terms,
+                     grad_s + r * classes, grad_p + r * classes);
+        } else {
+          learn(path_s, {&path_t, &path_p}, label, options, &shares[0], zeros, terms,
+                grad_s + r * classes);
+          learn(path_p, {&path_t, &path_s}, label, options, &shares[3], zeros, terms + 3,
+                grad_p + r * classes);
+        }
         hits[0] = is_hit(path_s, label.index, classes);
         hits[1] = is_hit(path_p, label.index, classes);
       });
