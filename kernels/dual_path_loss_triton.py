@@ -468,7 +468,7 @@ _SUM_LAUNCH = {"BLOCK": 256, "num_warps": 8, "enable_fp_fusion": False}
 
 def _rows_launch(classes: int, align: int, soft: bool, reverse_kl: bool) -> dict[str, int | bool]:
     """Constants and options of `loss_rows_kernel`."""
-    launch = row_launch(classes)
+    launch = row_launch(classes, is_heavy=reverse_kl)
     return {
         "C": classes,  # a constant: masks of whole 16-byte groups for rows of 1000
         "BLOCK": launch.block,
@@ -627,7 +627,7 @@ def _rows_case(
     dtype: torch.dtype, classes: int, dual: bool, soft: bool, reverse: bool, counted: bool = False
 ) -> AotCase:
     constants = _rows_launch(classes, shared_alignment(classes), soft, reverse)
-    logits, launch = "*" + TRITON_NAME[dtype], row_launch(classes)
+    logits, launch = "*" + TRITON_NAME[dtype], row_launch(classes, is_heavy=reverse)
     absent = {} if dual else {"prompt_ptr": None, "grad_prompt_ptr": None}
     return aot_case(
         "{} C={}{}{}{}".format(

@@ -28,8 +28,9 @@ class RowLaunch:
     """Values of a row that the program holds at a time, a power of two."""
     num_warps: int
     max_registers: int
-    """A thread; the gate on the compiled kernel. 128 leaves room for 16 warps on a multiprocessor,
-    and is the most that 16 warps of one program may use at all."""
+    """A thread; the gate on the compiled kernel. Of the 65,536 registers of a multiprocessor 144
+    leave room for 14 programs of one warp, 7 of two, 3 of four, 1 of eight; 128 is the most that 16
+    warps of one program may use at all, and 80 leaves room for 3 programs of eight warps."""
 
 
 # Largest row -> launch. Eight values a thread are one 16-byte load of bf16 or fp16 and two of fp32;
@@ -38,19 +39,27 @@ _ROW_LAUNCHES = {
     32: RowLaunch(32, 1, 128),
     64: RowLaunch(64, 1, 128),
     128: RowLaunch(128, 1, 128),
-    256: RowLaunch(256, 1, 128),
-    512: RowLaunch(512, 2, 128),
-    1024: RowLaunch(1024, 4, 128),
-    2048: RowLaunch(2048, 8, 128),
+    256: RowLaunch(256, 1, 144),
+    512: RowLaunch(512, 2, 144),
+    1024: RowLaunch(1024, 4, 144),
+    2048: RowLaunch(2048, 8, 144),
     4096: RowLaunch(4096, 16, 128),
 }
 # Longer rows do not fit in registers: the program loops over them, and the loop needs some too.
-_LONG_ROW = RowLaunch(1024, 8, 128)
+_LONG_ROW = RowLaunch(512, 8, 80)
+_HEAVY_ROW = RowLaunch(1024, 8, 128)
 
 
-def row_launch(length: int) -> RowLaunch:
-    """Launch parameters for rows of this many values."""
-    return next((launch for most, launch in _ROW_LAUNCHES.items() if length <= most), _LONG_ROW)
+def row_launch(length: int, *, is_heavy: bool = False) -> RowLaunch:
+    """Launch parameters for rows of this many values.
+
+    Args:
+        length: Values in a row.
+        is_heavy: The kernel holds more than three rows at a time, which spills on sm_100 where a
+            program of 16 warps has a row of 4096: such a row is looped over too.
+    """
+    launch = next((launch for most, launch in _ROW_LAUNCHES.items() if length <= most), _LONG_ROW)
+    return _HEAVY_ROW if is_heavy and launch.num_warps == 16 else launch
 
 
 def shared_alignment(*strides: int) -> int:

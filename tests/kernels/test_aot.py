@@ -81,7 +81,7 @@ def test_a_spilling_kernel_is_found(dual):
 def test_each_rule_of_the_gate_can_fail(dual):
     case, report = dual
     assert aot.faults(case, 90, report) == []
-    assert "129 registers" in aot.faults(case, 90, replace(report, registers=129))[0]
+    assert "145 registers" in aot.faults(case, 90, replace(report, registers=145))[0]
     shared = replace(report, shared_bytes=100 * 1024)
     assert aot.faults(case, 90, shared) == []
     assert "shared memory" in aot.faults(case, 120, shared)[0]
