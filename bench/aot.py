@@ -27,7 +27,7 @@ import torch
 from ..kernels.triton_common import AotCase
 
 # Files of ..kernels with an `aot_cases(dtype)`.
-KERNEL_FILES = ("dual_path_loss_triton",)
+KERNEL_FILES = ("dual_path_loss_triton", "frozen_relu_triton")
 CAPABILITIES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -124,6 +124,8 @@ class TeacherConfig:
     """File, torchvision weights enum or `pretrained` for timm; absent: newest train-teacher run."""
     stages: tuple[str, ...] | None = None
     """Module paths whose outputs end a stage, for a model that has no stages of its own."""
+    fold_bn: bool = True
+    """dfpt: run the frozen network with its BatchNorms multiplied into the convolutions."""
     expected_top1: float | None = None
     """Top-1 accuracy in percent that the recipe counts on; 2 points less gives a warning."""
     epochs: int = 240

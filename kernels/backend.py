@@ -32,8 +32,11 @@ OPERATIONS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "normalize_images": {"native": (torch.float32, torch.uint8)},
     "dual_path_loss": {"native": _FLOATS, "triton": _FLOATS},
     "distillation_loss": {"native": _FLOATS, "triton": _FLOATS},
-    "partial_pointwise_conv": {},
+    "partial_pointwise_conv": {"native": (torch.float32,)},
+    "batch_norm_affine": {"native": (torch.float32,)},
+    "affine_relu": {"native": (torch.float32,)},
     "frozen_conv2d": {},
+    "frozen_relu": {"native": (torch.float32,), "triton": _FLOATS},
 }
 
 _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
@@ -72,6 +75,17 @@ def choose(operation: str, tensor: torch.Tensor, dtype: torch.dtype | None = Non
     if name == "reference":
         _log_fallback(operation, tensor.device.type, dtype or tensor.dtype)
     return name
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a convolution of x; None where it leaves x alone.
+
+    autograd.Function is out of autocast's sight, so the cast is ours.
+    """
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torch.nn.grad
 from torch import Tensor
 
-from .backend import choose
+from .backend import autocast_dtype, choose
 
 Pair = tuple[int, int]
 
@@ -38,12 +38,24 @@ class _FrozenConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.x_shape, ctx.options = x.shape, (stride, padding, dilation, groups)
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if is_channels_last else torch.contiguous_format
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        grad_x = torch.nn.grad.conv2d_input(ctx.x_shape, weight, grad_y, *ctx.options)
+        if grad_y.device.type != "cpu":
+            grad_x = torch.nn.grad.conv2d_input(ctx.x_shape, weight, grad_y, *ctx.options)
+        else:
+            # One element, expanded, stands in for x there, which makes a 1x1 convolution take ten
+            # times as long on a CPU; memory that nobody touches costs nothing here.
+            x = torch.empty(ctx.x_shape, dtype=grad_y.dtype, memory_format=ctx.layout)
+            stride, padding, dilation, groups = ctx.options
+            grad_x, _, _ = torch.ops.aten.convolution_backward(
+                grad_y, x, weight, None, stride, padding, dilation, False, (0, 0), groups,
+                (True, False, False),
+            )  # fmt: skip
         return grad_x, None, None, None, None, None, None
 
 
@@ -89,9 +101,8 @@ def frozen_conv2d(
             f"frozen_conv2d: expected x [N, C, H, W] and weight [C_out, C / {groups}, kh, kw], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
-    # autograd.Function is out of autocast's sight; fp64 is left alone, as autocast does.
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -107,9 +118,10 @@ def frozen_conv2d(
             )
         bias = bias.detach()
     choose("frozen_conv2d", x)
-    return frozen_conv2d_reference(
-        x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups
-    )
+    options = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return F.conv2d(x, weight.detach(), bias, *options)
+    return frozen_conv2d_reference(x, weight, bias, *options)
 
 
 def _pair(value: int | Pair) -> Pair:

@@ -40,6 +40,7 @@ def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | Non
         teacher,
         prompt=config.prompt,
         finetune_backbone=config.method == "dfpt_plus",
+        fold_bn=config.teacher.fold_bn,
         at=config.teacher.stages,
     )
     return DualPathDistillation(student, dual, config.loss)

@@ -11,6 +11,8 @@ of arXiv 2506.18244; that A_1 can be shared and that DFPT-KD+ needs a copy is in
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config import PromptConfig
 from ..errors import UsageError
+from .frozen import freeze
 from .prompt import PromptFusion
 from .stages import Stages, split_stages
 
@@ -53,6 +56,12 @@ class Trunk(nn.Module):
         return self.head(self.neck(x))
 
 
+def _frozen(split: Stages, fold: bool) -> Trunk:
+    """The original path; its head stays ordinary, as the prompt path's head is a copy of it."""
+    stages = [freeze(stage, fold=fold) for stage in split.stages]
+    return Trunk(dataclasses.replace(split, stages=stages, neck=freeze(split.neck, fold=fold)))
+
+
 class DualPathTeacher(nn.Module):
     """A frozen teacher with a second, trainable forward path.
 
@@ -61,6 +70,8 @@ class DualPathTeacher(nn.Module):
             frozen, its in-place activations made out-of-place (both paths read the same tensors).
         prompt: Shape of prompt and fusion blocks.
         finetune_backbone: DFPT-KD+: the prompt path trains its own copy of the stages and the neck.
+        fold_bn: Multiply the frozen BatchNorms into the convolutions before them. Without, the
+            original path has the bits of the unsplit teacher in fp32.
         at: Module paths that end a stage, for a model without stages of its own.
 
     Raises:
@@ -74,6 +85,7 @@ class DualPathTeacher(nn.Module):
         *,
         prompt: PromptConfig = PromptConfig(),
         finetune_backbone: bool = False,
+        fold_bn: bool = True,
         at: Iterable[str] | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +103,8 @@ class DualPathTeacher(nn.Module):
                 f"prompt.insert_stages={tuple(inserted)}: expected stages of 1..{num_stages}"
             )
         self.config = prompt
-        self.original = Trunk(split)
+        trunk = Trunk(split)
+        self.original = _frozen(split, fold_bn)
         self.head = self._new_head()
         self.pairs = nn.ModuleDict(
             {
@@ -104,14 +117,12 @@ class DualPathTeacher(nn.Module):
         self.inserted = tuple(sorted(inserted))
         self.finetune_backbone = finetune_backbone
         # Frozen batch statistics are what `eval` means; with bn_mode="train" the frozen path
-        # normalises by the batch, so it gets buffers of its own (parameters stay shared) and the
-        # teacher's are left alone.
+        # normalises by the batch, so it gets buffers of its own (parameters stay the teacher's).
         self.copied: Trunk | None = None
         if finetune_backbone:
-            self.copied = copy.deepcopy(self.original).requires_grad_(True)
+            self.copied = copy.deepcopy(trunk).requires_grad_(True)
         elif prompt.bn_mode == "train":
-            shared = {id(p): p for p in self.original.parameters()}
-            self.copied = copy.deepcopy(self.original, shared)
+            self.copied = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
         if self.copied is not None:
             self.copied.head = nn.Identity()  # the prompt path ends in `self.head`
         self.train()
@@ -147,7 +158,8 @@ class DualPathTeacher(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """state_dict of what training changes: everything but the frozen teacher."""
-        frozen = {id(p) for p in self.original.parameters()}  # the copy may share them
+        copied = [] if self.copied is None or self.finetune_backbone else self.copied.parameters()
+        frozen = {id(p) for p in copied}
         state = self.state_dict(keep_vars=True)
         return {
             k: v.detach()
@@ -206,14 +218,10 @@ class DualPathTeacher(nn.Module):
             entry = torch.stack([ratio_B.sum(), ratio_B.new_full((), len(ratio_B))]).detach()
             ratios[name] = ratios[name] + entry if name in ratios else entry
 
-        handles = [
-            pair.prompt.register_forward_hook(
-                lambda _module, inputs, output, name=name: record(name, inputs[0], output)
-            )
-            for name, pair in self.pairs.items()
-        ]
+        for name, pair in self.pairs.items():
+            pair.observer = functools.partial(record, name)  # type: ignore[assignment]
         try:
             yield ratios
         finally:
-            for handle in handles:
-                handle.remove()
+            for pair in self.pairs.values():
+                pair.observer = None  # type: ignore[assignment]

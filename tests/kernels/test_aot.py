@@ -18,6 +18,7 @@ import triton.language as tl
 
 from dfptkd.bench import aot
 from dfptkd.kernels import dual_path_loss_triton as loss
+from dfptkd.kernels import frozen_relu_triton as frozen_relu
 from dfptkd.kernels.triton_common import row_launch, shared_alignment
 
 
@@ -53,7 +54,8 @@ def test_every_launch_in_bf16_on_sm_90_passes_the_gate():
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["kernel"], row["faults"]) for row in rows if row["faults"]] == []
     assert done.returncode == 0, done.stderr
-    assert [row["kernel"] for row in rows] == [c.name for c in loss.aot_cases(torch.bfloat16)]
+    cases = [*loss.aot_cases(torch.bfloat16), *frozen_relu.aot_cases(torch.bfloat16)]
+    assert [row["kernel"] for row in rows] == [case.name for case in cases]
 
 
 def test_each_logit_is_loaded_once_where_a_row_fits_in_registers(dual):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dfptkd.kernels import frozen_conv2d
+from dfptkd.kernels import frozen_conv, frozen_conv2d
 
 # C_in, C_out, kernel, size, options
 CASES = [
@@ -103,6 +103,29 @@ def test_no_graph_where_the_input_needs_none():
     assert not frozen_conv2d(x.detach(), weight, bias, padding=1).requires_grad
 
 
+def test_without_a_gradient_it_is_torchs_operation(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the frozen path was taken")
+
+    monkeypatch.setattr(frozen_conv._FrozenConv2d, "apply", refuse)
+    x, weight, bias = make_case(*CASES[0])
+    want = F.conv2d(x, weight, bias, padding=1)
+    with torch.no_grad():
+        assert torch.equal(frozen_conv2d(x, weight, bias, padding=1), want)
+    assert torch.equal(frozen_conv2d(x.detach(), weight, bias, padding=1), want)
+    with pytest.raises(AssertionError, match="frozen path"):
+        frozen_conv2d(x, weight, bias, padding=1)
+
+
+def test_runs_on_the_meta_device():
+    """Costs are counted there; autocast does not know it."""
+    x = torch.empty(2, 3, 9, 7, device="meta", requires_grad=True)
+    y = frozen_conv2d(x, torch.empty(8, 3, 3, 3, device="meta"), padding=1)
+    y.sum().backward()
+    assert y.shape == (2, 8, 9, 7)
+    assert x.grad.shape == x.shape
+
+
 def test_an_empty_batch():
     x, weight, bias = make_case(*CASES[0], batch=0)
     y = frozen_conv2d(x, weight, bias, padding=1)
@@ -167,6 +190,20 @@ def test_fp64_is_left_alone_by_autocast_as_by_torch():
         want = F.conv2d(x, weight, bias, padding=1)
     assert y.dtype == want.dtype == torch.float64
     assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_as_one_graph_in_either_precision(autocast):
+    torch._dynamo.reset()
+    x, weight, bias = make_case(*CASES[3], dtype=torch.float32)
+    compiled = torch.compile(frozen_conv2d, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (frozen_conv2d, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = function(x, weight, bias, **CASES[3][-1])
+        results.append((y, *torch.autograd.grad(y.float().sum(), x)))
+    assert results[0][0].dtype == (torch.bfloat16 if autocast else torch.float32)
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_compiles_as_one_graph():

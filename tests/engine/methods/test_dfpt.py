@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig
+from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, TeacherConfig
 from dfptkd.engine.data import load_data, train_batches
 from dfptkd.engine.methods import build_method
 from dfptkd.engine.methods.dfpt import TERMS, DualPathDistillation, MixtureControl, path_weights
@@ -29,7 +29,9 @@ def make_method(method="dfpt", loss=DEFAULT, seed=0):
     torch.manual_seed(99)
     teacher = create_model("cifar:resnet14", num_classes=CLASSES)
     torch.set_rng_state(state)
-    return build_method(RunConfig(method=method, loss=loss), student, teacher).train()
+    exact = TeacherConfig(fold_bn=False)  # the bits of the other methods' teacher
+    config = RunConfig(method=method, loss=loss, teacher=exact)
+    return build_method(config, student, teacher).train()
 
 
 def make_batch(dtype=torch.float64):

@@ -1,0 +1,1035 @@
+// CPU kernels of dfptkd::partial_pointwise_conv_native and its backward: fp32, activations
+// [N, C, H, W] in channels_last. Equations and semantics are those of kernels/partial_pointwise_conv.py; here P is a pixel, [P, C] a matrix:
+//
+//   h = act(x * scale + shift) + residual          h[:, :c_p] = conv(h[:, :c_p])        y = h W^T
+//   g = grad_y + grad_sums + 2 y grad_squared_sums,   dW = g^T h,   dh = g W
+//   dh[:, :c_p] = conv(dh[:, :c_p], flipped),   dx = dh * (x * scale + shift > 0) * scale
+//
+// One walk over the pixels in tiles that stay in cache; where there is a convolution, over images.
+// The convolved channels of an image are laid out as planes with a zero border: a plane is then one
+// long row, and a tap one offset, for any image size. The middle activations are never stored: the
+// backward makes them again. Sums run in fp32 over a tile and in fp64 over tiles, in an order that
+// only the number of threads can change.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#define DFPTKD_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kTile = 64;       // pixels whose activations stay in cache; their sums are fp32
+constexpr int64_t kUnit = 512;      // pixels whose weight gradients are fp32, at least
+constexpr int64_t kMaxLanes = 16;   // fp32 values of the widest vector
+constexpr int kNarrow = 8;          // and of one that wastes less on narrow images
+constexpr int64_t kSlack = 80;      // floats that a vector may read past the end of a buffer
+constexpr int64_t kMacsPerThread = 1 << 18;  // less is not worth waking a thread
+
+// Vectors ------------------------------------------------------------------------------------------
+
+// What the code is written for: lanes of a vector, and tiles of accumulators that fill the registers.
+// Chosen at run time, so that one library serves every CPU.
+template <int kLanes_, int kRows_, int kSpan_, int kOut_>
+struct Machine {
+  using Narrow = Machine<std::min(kLanes_, kNarrow), kRows_, kSpan_, kOut_>;
+  static constexpr int kLanes = kLanes_;  // fp32 values of a vector
+  static constexpr int kRows = kRows_;    // rows of a matrix tile
+  static constexpr int kCols = 2;         // vectors in a row of it
+  static constexpr int kPanel = kLanes * kCols;
+  static constexpr int kSpan = kSpan_;    // vectors of a convolution tile, of 4 planes
+  static constexpr int kOut = kOut_;      // planes of a weight gradient's tile, of up to 4 taps
+  typedef float Vec __attribute__((vector_size(4 * kLanes_), aligned(4), may_alias));
+};
+using Avx512 = Machine<16, 8, 4, 4>;  // 32 registers
+using Avx2 = Machine<8, 4, 2, 2>;     // 16 registers
+using Baseline = Machine<4, 4, 2, 2>;
+
+// By reference: passed by value, vectors are part of an ABI that depends on the machine.
+template <class M>
+DFPTKD_INLINE const typename M::Vec& vector_at(const float* p) {
+  return *reinterpret_cast<const typename M::Vec*>(p);
+}
+
+template <class M>
+DFPTKD_INLINE typename M::Vec& vector_at(float* p) {
+  return *reinterpret_cast<typename M::Vec*>(p);
+}
+
+// The first `count` lanes, or all.
+template <class M>
+DFPTKD_INLINE void store(float* p, const typename M::Vec& v, int64_t count) {
+  if (count >= M::kLanes) {
+    vector_at<M>(p) = v;
+  } else if (count > 0) {
+    std::memcpy(p, &v, count * sizeof(float));
+  }
+}
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Matrix product -----------------------------------------------------------------------------------
+
+// A matrix in memory: element (i, j) at data[i * row + j * col].
+struct Matrix {
+  const float* data;
+  int64_t row, col;
+};
+
+// kRows x (kCols vectors) of a @ b, kept in registers.
+template <class M, int kRows, int kCols>
+DFPTKD_INLINE void multiply_tile(const Matrix& a, const float* b, int64_t b_row, int64_t depth,
+                                 typename M::Vec (&sum)[kRows][kCols]) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) {
+      sum[r][c] = typename M::Vec{};
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    typename M::Vec line[kCols];
+    for (int c = 0; c < kCols; ++c) {
+      line[c] = vector_at<M>(b + k * b_row + c * M::kLanes);
+    }
+    const float* column = a.data + k * a.col;
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kCols; ++c) {
+        sum[r][c] += column[r * a.row] * line[c];
+      }
+    }
+  }
+}
+
+// Weights as panels of M::kPanel columns, zero-padded, each [depth, panel] in one piece of memory.
+class Panels {
+ public:
+  // Element (k, n) of the weights is w.data[k * w.row + n * w.col].
+  Panels(const Matrix& w, int64_t depth, int64_t columns, int64_t width)
+      : depth(depth), columns(columns), width(width),
+        data_(round_up(columns, width) * depth + kSlack) {
+    const int64_t count = round_up(columns, width) / width;
+    torch::stable::parallel_for(
+        0, count, kMacsPerThread / kTile / (depth * width) + 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            fill_panel(w, i * width, std::min(width, columns - i * width));
+          }
+        });
+  }
+  const float* from(int64_t column) const { return data_.data() + column * depth; }
+
+  const int64_t depth, columns, width;
+
+ private:
+  // In blocks of rows, so that a transposed matrix is read and written in whole cache lines.
+  void fill_panel(const Matrix& w, int64_t column, int64_t count) {
+    float* panel = data_.data() + column * depth;
+    for (int64_t first = 0; first < depth; first += kMaxLanes) {
+      const int64_t last = std::min(first + kMaxLanes, depth);
+      for (int64_t n = 0; n < count; ++n) {
+        const float* from = w.data + (column + n) * w.col;
+        for (int64_t k = first; k < last; ++k) {
+          panel[k * width + n] = from[k * w.row];
+        }
+      }
+    }
+  }
+
+  std::vector<float> data_;
+};
+
+// Where a product goes: rows of `stride` floats, and sums over the rows of each column.
+struct Product {
+  float* data;
+  int64_t stride;
+  double* sums;  // null: not wanted
+  double* squared_sums;
+};
+
+template <class M, int kRows, int kCols, bool kSums>
+DFPTKD_INLINE void multiply_rows(const Matrix& a, const float* panel, const Panels& panels,
+                                 float* out, int64_t stride, int64_t columns,
+                                 typename M::Vec* sums, typename M::Vec* squared_sums) {
+  typename M::Vec tile[kRows][kCols];
+  multiply_tile<M>(a, panel, panels.width, panels.depth, tile);
+  for (int c = 0; c < kCols; ++c) {
+    typename M::Vec sum{}, squared_sum{};  // of these rows first: small sums round little
+    for (int r = 0; r < kRows; ++r) {
+      store<M>(out + r * stride + c * M::kLanes, tile[r][c], columns - c * M::kLanes);
+      if constexpr (kSums) {
+        sum += tile[r][c];
+        squared_sum += tile[r][c] * tile[r][c];
+      }
+    }
+    if constexpr (kSums) {
+      sums[c] += sum;
+      squared_sums[c] += squared_sum;
+    }
+  }
+}
+
+template <class M, int kCols, bool kSums>
+DFPTKD_INLINE void multiply_panel(const Matrix& a, int64_t rows, const Panels& panels,
+                                  int64_t column, const Product& out) {
+  const float* panel = panels.from(column);
+  const int64_t columns = std::min<int64_t>(panels.columns - column, kCols * M::kLanes);
+  typename M::Vec sums[kCols] = {}, squared_sums[kCols] = {};
+  int64_t row = 0;
+  for (; row + M::kRows <= rows; row += M::kRows) {
+    multiply_rows<M, M::kRows, kCols, kSums>(
+        {a.data + row * a.row, a.row, a.col}, panel, panels,
+        out.data + row * out.stride + column, out.stride, columns, sums, squared_sums);
+  }
+  for (; row < rows; ++row) {
+    multiply_rows<M, 1, kCols, kSums>(
+        {a.data + row * a.row, a.row, a.col}, panel, panels,
+        out.data + row * out.stride + column, out.stride, columns, sums, squared_sums);
+  }
+  if constexpr (kSums) {
+    for (int64_t n = 0; n < columns; ++n) {
+      out.sums[column + n] += sums[n / M::kLanes][n % M::kLanes];
+      out.squared_sums[column + n] += squared_sums[n / M::kLanes][n % M::kLanes];
+    }
+  }
+}
+
+// out = a[rows, depth] @ panels.
+template <class M, bool kSums>
+DFPTKD_INLINE void multiply(const Matrix& a, int64_t rows, const Panels& panels,
+                            const Product& out) {
+  int64_t column = 0;
+  for (; panels.columns - column > M::kLanes; column += M::kPanel) {
+    multiply_panel<M, M::kCols, kSums>(a, rows, panels, column, out);
+  }
+  if (column < panels.columns) {
+    multiply_panel<M, 1, kSums>(a, rows, panels, column, out);
+  }
+}
+
+template <class M, int kRows, int kCols>
+DFPTKD_INLINE void accumulate_rows(const Matrix& a, const float* b, int64_t b_row, int64_t depth,
+                                   float* out, int64_t out_row) {
+  typename M::Vec tile[kRows][kCols];
+  multiply_tile<M>(a, b, b_row, depth, tile);
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) {
+      float* place = out + r * out_row + c * M::kLanes;
+      vector_at<M>(place) += tile[r][c];
+    }
+  }
+}
+
+template <class M, int kCols>
+DFPTKD_INLINE void accumulate_panel(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
+                                    int64_t depth, float* out, int64_t out_row) {
+  int64_t row = 0;
+  for (; row + M::kRows <= rows; row += M::kRows) {
+    accumulate_rows<M, M::kRows, kCols>({a.data + row * a.row, a.row, a.col}, b, b_row, depth,
+                                        out + row * out_row, out_row);
+  }
+  for (; row < rows; ++row) {
+    accumulate_rows<M, 1, kCols>({a.data + row * a.row, a.row, a.col}, b, b_row, depth,
+                                 out + row * out_row, out_row);
+  }
+}
+
+// out[rows, columns] += a[rows, depth] @ b[depth, columns] in whole vectors: what stands past the
+// columns of b is read, what stands past those of out is written.
+template <class M>
+DFPTKD_INLINE void accumulate(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
+                              int64_t depth, int64_t columns, float* out, int64_t out_row) {
+  int64_t column = 0;
+  for (; columns - column > M::kLanes; column += M::kPanel) {
+    accumulate_panel<M, M::kCols>(a, rows, b + column, b_row, depth, out + column, out_row);
+  }
+  if (column < columns) {
+    accumulate_panel<M, 1>(a, rows, b + column, b_row, depth, out + column, out_row);
+  }
+}
+
+// Convolution of planes ----------------------------------------------------------------------------
+
+// Geometry of zero-bordered planes, each of several images one below the other.
+struct Planes {
+  Planes(int64_t images, int64_t height, int64_t width, int64_t channels, int64_t kernel,
+         int64_t widest)
+      : height(height), width(width), channels(channels), kernel(kernel), border(kernel / 2),
+        row(width + 2 * border), image(row * (height + 2 * border) + kMaxLanes),
+        size(images * image + kSlack) {
+    place_vectors(images, widest);
+  }
+
+  // First pixel of image i proper in plane c.
+  int64_t origin(int64_t c, int64_t i = 0) const {
+    return c * size + i * image + border * row + border;
+  }
+  // How many of `vectors` serve the first images.
+  int64_t vectors_of(int64_t images) const { return images * vectors_per_image; }
+
+  const int64_t height, width, channels, kernel;
+  const int64_t border;
+  const int64_t row;    // floats from one line of pixels to the next
+  const int64_t image;  // floats of an image, borders and zeros for a last vector included
+  const int64_t size;   // floats of a plane, slack included
+
+  int64_t lanes = 0;             // of the vectors
+  std::vector<int64_t> vectors;  // offsets that together reach every pixel once
+  int64_t vectors_per_image = 0;
+
+ private:
+  // Vectors reach past the pixels, on borders or the next line's border: line by line, or over the
+  // image as one long row, whichever reaches less in vain.
+  void place_vectors(int64_t images, int64_t widest) {
+    int64_t fewest = std::numeric_limits<int64_t>::max(), line = 0;
+    for (const int64_t candidate : {widest, std::min<int64_t>(widest, kNarrow)}) {
+      const int64_t of_line = round_up(width, candidate);
+      const int64_t of_image = round_up(row * (height - 1) + width, candidate);
+      if (of_line <= row && height * of_line < fewest) {
+        fewest = height * of_line, lanes = candidate, line = of_line;
+      }
+      if (of_image < fewest) {
+        fewest = of_image, lanes = candidate, line = 0;
+      }
+    }
+    for (int64_t i = 0; i < images; ++i) {
+      for (int64_t at = 0; at < fewest; at += lanes) {
+        vectors.push_back(i * image + (line == 0 ? at : at / line * row + at % line));
+      }
+    }
+    vectors_per_image = fewest / lanes;
+  }
+};
+
+// The first channels of images [pixels, stride] into planes, whose borders are zero already.
+void to_planes(const float* pixels, int64_t stride, int64_t images, const Planes& p,
+               float* planes) {
+  for (int64_t y = 0; y < images * p.height; ++y) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const float* from = pixels + y * p.width * stride + c;
+      float* to = planes + p.origin(c, y / p.height) + y % p.height * p.row;
+      for (int64_t x = 0; x < p.width; ++x) {
+        to[x] = from[x * stride];
+      }
+    }
+  }
+}
+
+// And back; `planes` starts at the first pixel of plane 0.
+void from_planes(const float* planes, int64_t images, const Planes& p, float* pixels,
+                 int64_t stride) {
+  for (int64_t y = 0; y < images * p.height; ++y) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const float* from = planes + c * p.size + y / p.height * p.image + y % p.height * p.row;
+      float* to = pixels + y * p.width * stride + c;
+      for (int64_t x = 0; x < p.width; ++x) {
+        to[x * stride] = from[x];
+      }
+    }
+  }
+}
+
+// kOut output planes from `first` on, at kCols vectors.
+template <class M, int kOut, int kCols>
+DFPTKD_INLINE void convolve_tile(const float* in, const float* weight, const Planes& p,
+                                 int64_t first, const int64_t* at, float* out) {
+  typename M::Vec sum[kOut][kCols] = {};
+  for (int64_t line = 0; line < p.channels * p.kernel; ++line) {
+    const float* lines = in + line / p.kernel * p.size + line % p.kernel * p.row;
+    const float* taps = weight + line * p.kernel * p.channels + first;
+    for (int64_t dx = 0; dx < p.kernel; ++dx, taps += p.channels) {
+      typename M::Vec pixels[kCols];
+      for (int v = 0; v < kCols; ++v) {
+        pixels[v] = vector_at<M>(lines + dx + at[v]);
+      }
+      for (int o = 0; o < kOut; ++o) {
+        for (int v = 0; v < kCols; ++v) {
+          sum[o][v] += taps[o] * pixels[v];
+        }
+      }
+    }
+  }
+  for (int o = 0; o < kOut; ++o) {
+    for (int v = 0; v < kCols; ++v) {
+      vector_at<M>(out + (first + o) * p.size + at[v]) = sum[o][v];
+    }
+  }
+}
+
+template <class M, int kOut>
+DFPTKD_INLINE void convolve_planes(const float* in, const float* weight, const Planes& p,
+                                   int64_t count, int64_t first, float* out) {
+  const int64_t* at = p.vectors.data();
+  for (; count >= M::kSpan; count -= M::kSpan, at += M::kSpan) {
+    convolve_tile<M, kOut, M::kSpan>(in, weight, p, first, at, out);
+  }
+  for (; count > 0; --count, ++at) {
+    convolve_tile<M, kOut, 1>(in, weight, p, first, at, out);
+  }
+}
+
+template <class M>
+DFPTKD_INLINE void convolve_vectors(const float* in, const float* weight, const Planes& p,
+                                    int64_t count, float* out) {
+  int64_t first = 0;
+  for (; first + 4 <= p.channels; first += 4) {
+    convolve_planes<M, 4>(in, weight, p, count, first, out);
+  }
+  for (; first + 2 <= p.channels; first += 2) {
+    convolve_planes<M, 2>(in, weight, p, count, first, out);
+  }
+  for (; first < p.channels; ++first) {
+    convolve_planes<M, 1>(in, weight, p, count, first, out);
+  }
+}
+
+// out[o](y, x) = sum over c, dy, dx of weight[c][dy][dx][o] * in[c](y + dy, x + dx); out starts at
+// the first pixel of plane 0 and holds anything between the lines of the images.
+template <class M>
+DFPTKD_INLINE void convolve(const float* in, const float* weight, const Planes& p, int64_t images,
+                            float* out) {
+  if (p.lanes == M::kLanes) {
+    convolve_vectors<M>(in, weight, p, p.vectors_of(images), out);
+  } else {
+    convolve_vectors<typename M::Narrow>(in, weight, p, p.vectors_of(images), out);
+  }
+}
+
+template <class M>
+DFPTKD_INLINE float sum_of(const typename M::Vec& v) {
+  float lanes[M::kLanes];
+  std::memcpy(lanes, &v, sizeof(lanes));
+  for (int half = M::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      lanes[i] += lanes[i + half];
+    }
+  }
+  return lanes[0];
+}
+
+// kTaps neighboring taps of one line of the kernel, for kOut output planes.
+template <class M, int kOut, int kTaps>
+DFPTKD_INLINE void correlate_tile(const float* in, const float* grad, const Planes& p,
+                                  int64_t count, double* weight_grad) {
+  typename M::Vec sum[kOut][kTaps] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = p.vectors[i];
+    for (int t = 0; t < kTaps; ++t) {
+      const typename M::Vec pixels = vector_at<M>(in + t + at);
+      for (int o = 0; o < kOut; ++o) {
+        sum[o][t] += vector_at<M>(grad + o * p.size + at) * pixels;
+      }
+    }
+  }
+  for (int t = 0; t < kTaps; ++t) {
+    for (int o = 0; o < kOut; ++o) {
+      weight_grad[t * p.channels + o] += sum_of<M>(sum[o][t]);
+    }
+  }
+}
+
+template <class M, int kOut>
+DFPTKD_INLINE void correlate_planes(const float* in, const float* grad, const Planes& p,
+                                    int64_t count, int64_t first, double* weight_grad) {
+  const float* lines = grad + p.origin(first);
+  for (int64_t line = 0; line < p.channels * p.kernel; ++line) {
+    const float* pixels = in + line / p.kernel * p.size + line % p.kernel * p.row;
+    double* taps = weight_grad + line * p.kernel * p.channels + first;
+    int64_t dx = 0;
+    for (; dx + 4 <= p.kernel; dx += 4) {
+      correlate_tile<M, kOut, 4>(pixels + dx, lines, p, count, taps + dx * p.channels);
+    }
+    if (dx + 3 == p.kernel) {
+      correlate_tile<M, kOut, 3>(pixels + dx, lines, p, count, taps + dx * p.channels);
+    } else {
+      correlate_tile<M, kOut, 1>(pixels + dx, lines, p, count, taps + dx * p.channels);
+    }
+  }
+}
+
+template <class M>
+DFPTKD_INLINE void correlate_vectors(const float* in, const float* grad, const Planes& p,
+                                     int64_t count, double* weight_grad) {
+  int64_t first = 0;
+  for (; first + M::kOut <= p.channels; first += M::kOut) {
+    correlate_planes<M, M::kOut>(in, grad, p, count, first, weight_grad);
+  }
+  for (; first < p.channels; ++first) {
+    correlate_planes<M, 1>(in, grad, p, count, first, weight_grad);
+  }
+}
+
+// weight_grad[c][dy][dx][o] += sum over images, y, x of in[c](y + dy, x + dx) * grad[o](y, x). The
+// borders of `grad` are zero: what vectors reach past the pixels adds nothing.
+template <class M>
+DFPTKD_INLINE void correlate(const float* in, const float* grad, const Planes& p, int64_t images,
+                             double* weight_grad) {
+  if (p.lanes == M::kLanes) {
+    correlate_vectors<M>(in, grad, p, p.vectors_of(images), weight_grad);
+  } else {
+    correlate_vectors<typename M::Narrow>(in, grad, p, p.vectors_of(images), weight_grad);
+  }
+}
+
+// The operator ---------------------------------------------------------------------------------------
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What forward and backward share: the input [pixels, channels] and how it becomes h.
+struct Input {
+  int64_t pixels, channels, out_channels, groups;
+  int64_t unit;  // pixels that are walked over at a time: whole images where there is a convolution
+  const float* x;
+  const float* residual;  // or null
+  std::vector<float> scale, shift;
+  float floor;    // 0 with ReLU, else -inf
+  bool is_plain;  // h is x itself, and its rows are whole vectors
+  Planes planes;
+  bool has_conv;
+  std::vector<float> conv_weight;  // [c][dy][dx][o]
+
+  int64_t depth() const { return channels / groups; }
+  int64_t width() const { return out_channels / groups; }
+  int64_t units() const { return (pixels + unit - 1) / unit; }
+  int64_t images(int64_t count) const { return count / (planes.height * planes.width); }
+};
+
+// Buffers of one thread.
+struct Scratch {
+  explicit Scratch(const Input& in)
+      : hidden((in.has_conv ? in.unit : kTile) * in.channels + kSlack),
+        planes(in.has_conv ? in.planes.channels * in.planes.size : 0),
+        convolved(in.has_conv ? in.planes.channels * in.planes.size : 0) {}
+
+  std::vector<float> hidden, planes, convolved;
+};
+
+// h of `rows` pixels from `first` on.
+DFPTKD_INLINE void activate(const Input& in, int64_t first, int64_t rows, float* hidden) {
+  const int64_t channels = in.channels;
+  const float* __restrict scale = in.scale.data();
+  const float* __restrict shift = in.shift.data();
+  const float floor = in.floor;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* __restrict x = in.x + (first + r) * channels;
+    float* __restrict h = hidden + r * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const float a = x[c] * scale[c] + shift[c];
+      h[c] = a < floor ? floor : a;  // keeps NaN
+    }
+    if (in.residual != nullptr) {
+      const float* __restrict residual = in.residual + (first + r) * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        h[c] += residual[c];
+      }
+    }
+  }
+}
+
+// h of `count` pixels, whole images, with its first channels convolved; s.planes keeps those as they
+// were.
+template <class M>
+DFPTKD_INLINE void activate_images(const Input& in, int64_t first, int64_t count, Scratch& s) {
+  const int64_t images = in.images(count);
+  activate(in, first, count, s.hidden.data());
+  to_planes(s.hidden.data(), in.channels, images, in.planes, s.planes.data());
+  convolve<M>(s.planes.data(), in.conv_weight.data(), in.planes, images, s.convolved.data());
+  from_planes(s.convolved.data(), images, in.planes, s.hidden.data(), in.channels);
+}
+
+// h, convolved, of a tile inside the unit that starts at `first`.
+DFPTKD_INLINE const float* hidden_tile(const Input& in, int64_t first, int64_t tile, int64_t rows,
+                                       Scratch& s) {
+  if (in.has_conv) {
+    return s.hidden.data() + (tile - first) * in.channels;
+  }
+  if (in.is_plain) {
+    return in.x + tile * in.channels;
+  }
+  activate(in, tile, rows, s.hidden.data());
+  return s.hidden.data();
+}
+
+struct Forward {
+  Input in;
+  std::vector<Panels> weight;  // a group each: [depth, width]
+  float* y;
+};
+
+// Units [begin, end); sums [2, out_channels] are added to.
+template <class M>
+DFPTKD_INLINE void forward_units(const Forward& f, int64_t begin, int64_t end, double* sums) {
+  const Input& in = f.in;
+  Scratch s(in);
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t first = u * in.unit, last = std::min(first + in.unit, in.pixels);
+    if (in.has_conv) {
+      activate_images<M>(in, first, last - first, s);
+    }
+    for (int64_t tile = first; tile < last; tile += kTile) {
+      const int64_t rows = std::min(kTile, last - tile);
+      const float* hidden = hidden_tile(in, first, tile, rows, s);
+      for (int64_t g = 0; g < in.groups; ++g) {
+        double* group_sums = sums + g * in.width();
+        multiply<M, true>({hidden + g * in.depth(), in.channels, 1}, rows, f.weight[g],
+                          {f.y + tile * in.out_channels + g * in.width(), in.out_channels,
+                           group_sums, group_sums + in.out_channels});
+      }
+    }
+  }
+}
+
+struct Backward {
+  Input in;
+  std::vector<Panels> weight;       // a group each, transposed: [width, depth]
+  std::vector<float> flipped_conv;  // of the transposed convolution, [o][dy][dx][c]
+  const float* grad_y;
+  const float* y;
+  std::vector<float> grad_sums, double_grad_squared_sums;  // [out_channels]; empty: absent
+  float* grad_x;         // or null
+  float* grad_residual;  // or null
+  bool needs_weights;
+
+  bool needs_hidden() const { return grad_x != nullptr || grad_residual != nullptr; }
+  int64_t weight_row() const { return round_up(in.depth(), 2 * kMaxLanes); }
+};
+
+// What the threads add up, each its own.
+struct Gradients {
+  explicit Gradients(const Backward& b)
+      : scale(b.in.channels), shift(b.in.channels),
+        point_weight(b.needs_weights ? b.in.out_channels * b.weight_row() : 0),
+        conv_weight(b.needs_weights ? b.in.conv_weight.size() : 0) {}
+
+  void add(const Gradients& other) {
+    const auto add = [](std::vector<double>& to, const std::vector<double>& from) {
+      std::transform(to.begin(), to.end(), from.begin(), to.begin(), std::plus<>());
+    };
+    add(scale, other.scale);
+    add(shift, other.shift);
+    add(point_weight, other.point_weight);
+    add(conv_weight, other.conv_weight);
+  }
+
+  std::vector<double> scale, shift;
+  std::vector<double> point_weight;  // [out_channels, weight_row]
+  std::vector<double> conv_weight;   // [c][dy][dx][o]
+};
+
+// g of `rows` pixels from `first` on: grad_y itself where nothing is added.
+DFPTKD_INLINE const float* upstream_tile(const Backward& b, int64_t first, int64_t rows,
+                                         float* buffer) {
+  const int64_t channels = b.in.out_channels;
+  if (b.grad_sums.empty()) {
+    return b.grad_y + first * channels;
+  }
+  const float* __restrict sums = b.grad_sums.data();
+  const float* __restrict squares = b.double_grad_squared_sums.data();
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* __restrict grad = b.grad_y + (first + r) * channels;
+    const float* __restrict y = b.y + (first + r) * channels;
+    float* __restrict out = buffer + r * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      out[c] = grad[c] + sums[c] + squares[c] * y[c];
+    }
+  }
+  return buffer;
+}
+
+// From dh of `rows` pixels to the gradients of x, residual, scale and shift.
+DFPTKD_INLINE void finish_tile(const Backward& b, int64_t first, int64_t rows, const float* dh,
+                               float* scale_sums, Gradients& gradients) {
+  const Input& in = b.in;
+  const int64_t channels = in.channels;
+  if (b.grad_residual != nullptr) {
+    std::copy_n(dh, rows * channels, b.grad_residual + first * channels);
+  }
+  if (b.grad_x == nullptr) {
+    return;
+  }
+  const float* __restrict scale = in.scale.data();
+  const float* __restrict shift = in.shift.data();
+  float* __restrict d_scale = scale_sums;
+  float* __restrict d_shift = scale_sums + channels;
+  const float floor = in.floor;
+  std::fill_n(scale_sums, 2 * channels, 0.0f);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* __restrict x = in.x + (first + r) * channels;
+    const float* __restrict d = dh + r * channels;
+    float* __restrict grad_x = b.grad_x + (first + r) * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const float da = x[c] * scale[c] + shift[c] <= floor ? 0.0f : d[c];
+      d_scale[c] += da * x[c];
+      d_shift[c] += da;
+      grad_x[c] = da * scale[c];
+    }
+  }
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    gradients.scale[c] += d_scale[c];
+    gradients.shift[c] += d_shift[c];
+  }
+}
+
+// Units [begin, end).
+template <class M>
+DFPTKD_INLINE void backward_units(const Backward& b, int64_t begin, int64_t end,
+                                  Gradients& gradients) {
+  const Input& in = b.in;
+  const int64_t width = in.width(), depth = in.depth(), row = b.weight_row();
+  Scratch s(in);
+  std::vector<float> upstream(kTile * in.out_channels), scale_sums(2 * in.channels);
+  std::vector<float> dh((in.has_conv ? in.unit : kTile) * in.channels);
+  std::vector<float> grad_planes(s.planes.size()), point_weight(gradients.point_weight.size());
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t first = u * in.unit, last = std::min(first + in.unit, in.pixels);
+    if (in.has_conv && b.needs_weights) {
+      activate_images<M>(in, first, last - first, s);
+    }
+    for (int64_t tile = first; tile < last; tile += kTile) {
+      const int64_t rows = std::min(kTile, last - tile);
+      const float* g = upstream_tile(b, tile, rows, upstream.data());
+      if (b.needs_weights) {
+        const float* hidden = hidden_tile(in, first, tile, rows, s);
+        for (int64_t i = 0; i < in.groups; ++i) {
+          accumulate<M>({g + i * width, 1, in.out_channels}, width, hidden + i * depth,
+                        in.channels, rows, depth, point_weight.data() + i * width * row, row);
+        }
+      }
+      if (b.needs_hidden() || in.has_conv) {
+        float* dh_tile = dh.data() + (in.has_conv ? (tile - first) * in.channels : 0);
+        for (int64_t i = 0; i < in.groups; ++i) {
+          multiply<M, false>({g + i * width, in.out_channels, 1}, rows, b.weight[i],
+                             {dh_tile + i * depth, in.channels, nullptr, nullptr});
+        }
+        if (!in.has_conv) {
+          finish_tile(b, tile, rows, dh_tile, scale_sums.data(), gradients);
+        }
+      }
+    }
+    if (in.has_conv) {
+      const int64_t images = in.images(last - first);
+      to_planes(dh.data(), in.channels, images, in.planes, grad_planes.data());
+      if (b.needs_weights) {
+        correlate<M>(s.planes.data(), grad_planes.data(), in.planes, images,
+                     gradients.conv_weight.data());
+      }
+      if (b.needs_hidden()) {
+        convolve<M>(grad_planes.data(), b.flipped_conv.data(), in.planes, images,
+                    s.convolved.data());
+        from_planes(s.convolved.data(), images, in.planes, dh.data(), in.channels);
+        for (int64_t tile = first; tile < last; tile += kTile) {
+          finish_tile(b, tile, std::min(kTile, last - tile),
+                      dh.data() + (tile - first) * in.channels, scale_sums.data(), gradients);
+        }
+      }
+    }
+    for (size_t i = 0; i < point_weight.size(); ++i) {
+      gradients.point_weight[i] += point_weight[i];
+      point_weight[i] = 0;
+    }
+  }
+}
+
+// One copy of each walk for each machine -------------------------------------------------------------
+
+#if defined(__x86_64__)
+#define DFPTKD_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define DFPTKD_AVX2 __attribute__((target("avx2,fma")))
+
+DFPTKD_AVX512 void forward_avx512(const Forward& f, int64_t begin, int64_t end, double* sums) {
+  forward_units<Avx512>(f, begin, end, sums);
+}
+DFPTKD_AVX2 void forward_avx2(const Forward& f, int64_t begin, int64_t end, double* sums) {
+  forward_units<Avx2>(f, begin, end, sums);
+}
+DFPTKD_AVX512 void backward_avx512(const Backward& b, int64_t begin, int64_t end, Gradients& sum) {
+  backward_units<Avx512>(b, begin, end, sum);
+}
+DFPTKD_AVX2 void backward_avx2(const Backward& b, int64_t begin, int64_t end, Gradients& sum) {
+  backward_units<Avx2>(b, begin, end, sum);
+}
+#endif
+void forward_baseline(const Forward& f, int64_t begin, int64_t end, double* sums) {
+  forward_units<Baseline>(f, begin, end, sums);
+}
+void backward_baseline(const Backward& b, int64_t begin, int64_t end, Gradients& sum) {
+  backward_units<Baseline>(b, begin, end, sum);
+}
+
+struct Walks {
+  void (*forward)(const Forward&, int64_t, int64_t, double*);
+  void (*backward)(const Backward&, int64_t, int64_t, Gradients&);
+  int64_t lanes;
+  int64_t panel;  // columns of the weights' panels
+};
+
+// As for torch's own kernels, ATEN_CPU_CAPABILITY=avx2 or default asks for less than there is.
+Walks choose_walks() {
+#if defined(__x86_64__)
+  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string most = asked == nullptr ? "" : asked;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (has_avx2 && has_avx512 && most != "avx2" && most != "default") {
+    return {forward_avx512, backward_avx512, Avx512::kLanes, Avx512::kPanel};
+  }
+  if (has_avx2 && most != "default") {
+    return {forward_avx2, backward_avx2, Avx2::kLanes, Avx2::kPanel};
+  }
+#endif
+  return {forward_baseline, backward_baseline, Baseline::kLanes, Baseline::kPanel};
+}
+
+const Walks kWalks = choose_walks();
+
+// Tensors ------------------------------------------------------------------------------------------
+
+// fp32 tensors as pointers; holds what had to be copied.
+class Values {
+ public:
+  const float* of(const Tensor& tensor, MemoryFormat format = MemoryFormat::Contiguous) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float,
+                    "the native partial_pointwise_conv takes fp32");
+    held_.push_back(torch::stable::contiguous(tensor, format));
+    return held_.back().const_data_ptr<float>();
+  }
+  const float* pixels_of(const Tensor& activation) {
+    return of(activation, MemoryFormat::ChannelsLast);
+  }
+  std::vector<float> copy(const std::optional<Tensor>& tensor, int64_t count, float absent) {
+    if (!tensor) {
+      return std::vector<float>(count, absent);
+    }
+    STD_TORCH_CHECK(tensor->numel() == count, "expected ", count, " channels");
+    const float* values = of(*tensor);
+    return {values, values + count};
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
+
+// [c][dy][dx][o] of a weight [out, in, k, k]; `flipped`: of the transposed convolution.
+std::vector<float> tap_order(const float* weight, int64_t channels, int64_t kernel, bool flipped) {
+  const int64_t area = kernel * kernel;
+  std::vector<float> taps(channels * channels * area);
+  for (int64_t o = 0; o < channels; ++o) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t t = 0; t < area; ++t) {
+        const float value = weight[(o * channels + c) * area + t];
+        if (flipped) {
+          taps[(o * area + area - 1 - t) * channels + c] = value;
+        } else {
+          taps[(c * area + t) * channels + o] = value;
+        }
+      }
+    }
+  }
+  return taps;
+}
+
+// The Python side has checked the arguments; these keep a direct call of an operator in bounds.
+Input make_input(Values& values, const Tensor& x, const std::optional<Tensor>& scale,
+                 const std::optional<Tensor>& shift, const std::optional<Tensor>& partial_weight,
+                 const Tensor& point_weight, const std::optional<Tensor>& residual, bool relu,
+                 int64_t groups) {
+  STD_TORCH_CHECK(x.dim() == 4 && point_weight.dim() == 2, "expected x [N, C, H, W], weight [O, I]");
+  const int64_t channels = x.size(1), out_channels = point_weight.size(0);
+  STD_TORCH_CHECK(groups > 0 && point_weight.size(1) * groups == channels &&
+                      out_channels % groups == 0,
+                  "point_weight: expected [C_out, C / groups]");
+  STD_TORCH_CHECK(!residual || residual->numel() == x.numel(), "residual: expected x's shape");
+  const bool has_conv = partial_weight.has_value();
+  const int64_t touched = has_conv ? partial_weight->size(0) : 0;
+  const int64_t kernel = has_conv ? partial_weight->size(2) : 1;
+  STD_TORCH_CHECK(!has_conv || (partial_weight->numel() == touched * touched * kernel * kernel &&
+                                touched <= channels && kernel % 2 == 1),
+                  "partial_weight: expected [c_p, c_p, k, k] with odd k");
+  const int64_t image = std::max<int64_t>(x.size(2) * x.size(3), 1);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t pixels = x.size(0) * image;
+  // No more than a thread's share.
+  const int64_t unit = std::clamp<int64_t>(round_up(pixels / threads, kTile), kTile, kUnit);
+  const int64_t images = has_conv ? (unit + image - 1) / image : 1;
+  const bool is_identity = !scale && !shift && !relu && !residual;
+  Input in{.pixels = pixels,
+           .channels = channels,
+           .out_channels = out_channels,
+           .groups = groups,
+           .unit = has_conv ? images * image : unit,
+           .x = values.pixels_of(x),
+           .residual = residual ? values.pixels_of(*residual) : nullptr,
+           .scale = values.copy(scale, channels, 1),
+           .shift = values.copy(shift, channels, 0),
+           .floor = relu ? 0 : -kInfinity,
+           .is_plain = is_identity && channels / groups % kMaxLanes == 0,
+           .planes = Planes(images, x.size(2), x.size(3), touched, kernel, kWalks.lanes),
+           .has_conv = has_conv,
+           .conv_weight = {}};
+  if (has_conv) {
+    in.conv_weight = tap_order(values.of(*partial_weight), touched, kernel, false);
+  }
+  return in;
+}
+
+// Calls walk(chunk, begin, end) on as many chunks of units as are worth a thread; returns how many.
+template <class Walk>
+void over_units(const Input& in, int64_t chunks, Walk walk) {
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      walk(i, in.units() * i / chunks, in.units() * (i + 1) / chunks);
+    }
+  });
+}
+
+int64_t chunks_of(const Input& in) {
+  const int64_t macs = in.pixels * in.channels * in.width();
+  return std::clamp<int64_t>(std::min(in.units(), macs / kMacsPerThread), 1,
+                             torch::stable::get_num_threads());
+}
+
+Tensor empty(std::vector<int64_t> shape) {
+  return torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float);
+}
+
+// Of the shape of x but for the channels; nothing where it is not wanted.
+Tensor empty_activation(const Tensor& x, int64_t channels, bool wanted = true) {
+  if (!wanted) {
+    return empty({0});
+  }
+  return torch::stable::empty({x.size(0), channels, x.size(2), x.size(3)}, ScalarType::Float,
+                              std::nullopt, std::nullopt, std::nullopt,
+                              MemoryFormat::ChannelsLast);
+}
+
+template <class From>
+Tensor tensor_of(const From* values, int64_t count) {
+  Tensor out = empty({count});
+  std::copy_n(values, count, out.mutable_data_ptr<float>());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& scale,
+                                           const std::optional<Tensor>& shift,
+                                           const std::optional<Tensor>& partial_weight,
+                                           const Tensor& point_weight,
+                                           const std::optional<Tensor>& residual, bool relu,
+                                           int64_t groups) {
+  Values values;
+  Forward f{make_input(values, x, scale, shift, partial_weight, point_weight, residual, relu,
+                       groups),
+            {}, nullptr};
+  const Input& in = f.in;
+  const float* weight = values.of(point_weight);
+  for (int64_t g = 0; g < groups; ++g) {
+    f.weight.emplace_back(Matrix{weight + g * in.width() * in.depth(), 1, in.depth()}, in.depth(),
+                          in.width(), kWalks.panel);
+  }
+  Tensor y = empty_activation(x, in.out_channels);
+  f.y = y.mutable_data_ptr<float>();
+  const int64_t chunks = chunks_of(in), length = 2 * in.out_channels;
+  std::vector<double> sums(chunks * length);
+  over_units(in, chunks, [&](int64_t i, int64_t begin, int64_t end) {
+    kWalks.forward(f, begin, end, &sums[i * length]);
+  });
+  for (int64_t i = length; i < chunks * length; ++i) {
+    sums[i % length] += sums[i];
+  }
+  return {y, tensor_of(sums.data(), in.out_channels),
+          tensor_of(sums.data() + in.out_channels, in.out_channels)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y, const std::optional<Tensor>& grad_sums,
+    const std::optional<Tensor>& grad_squared_sums, const Tensor& x,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+    const std::optional<Tensor>& partial_weight, const Tensor& point_weight,
+    const std::optional<Tensor>& residual, const Tensor& y, bool relu, int64_t groups,
+    bool needs_x, bool needs_weights, bool needs_residual) {
+  Values values;
+  Backward b{make_input(values, x, scale, shift, partial_weight, point_weight, residual, relu,
+                        groups),
+             {}, {}, values.pixels_of(grad_y), values.pixels_of(y), {}, {}, nullptr, nullptr, needs_weights};
+  const Input& in = b.in;
+  STD_TORCH_CHECK(grad_y.numel() == in.pixels * in.out_channels && y.numel() == grad_y.numel(),
+                  "grad_y and y: expected [N, C_out, H, W]");
+  const float* weight = values.of(point_weight);
+  for (int64_t g = 0; g < groups; ++g) {
+    b.weight.emplace_back(Matrix{weight + g * in.width() * in.depth(), in.depth(), 1}, in.width(),
+                          in.depth(), kWalks.panel);
+  }
+  if (grad_sums || grad_squared_sums) {
+    b.grad_sums = values.copy(grad_sums, in.out_channels, 0);
+    b.double_grad_squared_sums = values.copy(grad_squared_sums, in.out_channels, 0);
+    for (float& value : b.double_grad_squared_sums) {
+      value *= 2;
+    }
+  }
+  if (in.has_conv) {
+    b.flipped_conv =
+        tap_order(values.of(*partial_weight), in.planes.channels, in.planes.kernel, true);
+  }
+  Tensor grad_x = empty_activation(x, in.channels, needs_x);
+  Tensor grad_residual = empty_activation(x, in.channels, needs_residual);
+  b.grad_x = needs_x ? grad_x.mutable_data_ptr<float>() : nullptr;
+  b.grad_residual = needs_residual ? grad_residual.mutable_data_ptr<float>() : nullptr;
+
+  const int64_t chunks = chunks_of(in);
+  std::vector<Gradients> gradients(chunks, Gradients(b));
+  over_units(in, chunks, [&](int64_t i, int64_t begin, int64_t end) {
+    kWalks.backward(b, begin, end, gradients[i]);
+  });
+  Gradients& sum = gradients[0];
+  for (int64_t i = 1; i < chunks; ++i) {
+    sum.add(gradients[i]);
+  }
+
+  Tensor grad_point = empty({needs_weights ? in.out_channels : 0, in.depth()});
+  Tensor grad_partial = empty({0});
+  if (needs_weights) {
+    float* to = grad_point.mutable_data_ptr<float>();
+    for (int64_t n = 0; n < in.out_channels; ++n) {
+      std::copy_n(&sum.point_weight[n * b.weight_row()], in.depth(), to + n * in.depth());
+    }
+    if (in.has_conv) {
+      const int64_t channels = in.planes.channels, area = in.planes.kernel * in.planes.kernel;
+      grad_partial = empty({channels, channels, in.planes.kernel, in.planes.kernel});
+      float* taps = grad_partial.mutable_data_ptr<float>();
+      for (int64_t i = 0; i < channels * channels * area; ++i) {
+        const int64_t o = i / area / channels, c = i / area % channels, t = i % area;
+        taps[i] = sum.conv_weight[(c * area + t) * channels + o];
+      }
+    }
+  }
+  const auto vector = [&](bool wanted, const std::vector<double>& from) {
+    return tensor_of(from.data(), wanted ? in.channels : 0);
+  };
+  return {grad_x,       vector(needs_x && scale, sum.scale), vector(needs_x && shift, sum.shift),
+          grad_partial, grad_point,                          grad_residual};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dfptkd, CPU, m) {
+  m.impl("partial_pointwise_conv_native", TORCH_BOX(&forward));
+  m.impl("partial_pointwise_conv_backward_native", TORCH_BOX(&backward));
+}
