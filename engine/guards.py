@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import use_backend, which_backend
 from .methods import Method
-from .metrics import eval_mode
+from .models.parts import eval_mode
 
 # Largest difference, relative to the largest value, that rounding explains: of the loss, which both
 # sum in fp32, and of a gradient, which is rounded once to the logits' dtype.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from .data import Batch, ImageData, test_batches
 from .methods import Method, StepOutput
 from .methods.dfpt import DualPathDistillation
 from .methods.dkd import decoupled_kl
+from .models.parts import eval_mode
 
 
 class EpochMeter:
@@ -71,18 +71,6 @@ def normaliser(data: ImageData, dtype: torch.dtype = torch.float32) -> Normalise
         )
 
     return normalise
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """`module` in eval mode; afterwards every part of it is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @torch.no_grad()

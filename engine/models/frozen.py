@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 
 from ...kernels import frozen_conv2d, frozen_relu
 from ...kernels.backend import autocast_dtype
-from .trace import _RELU_MODULES, _RELUS, _eval_mode, _Tracer
+from .parts import eval_mode
+from .trace import RELU_MODULES, RELUS, LeafTracer
 from .weights import first_line
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, F.dropout)
@@ -45,8 +46,8 @@ def freeze(module: nn.Module, *, fold: bool) -> nn.Module:
         made out of place. A module that cannot be traced is returned as it is, with a warning.
     """
     try:
-        with _eval_mode(module):
-            graph = _Tracer(set()).trace(module)
+        with eval_mode(module):
+            graph = LeafTracer(set()).trace(module)
     except Exception as error:  # tracing runs foreign code on proxies: it can raise anything
         _log.warning(
             "%s cannot be traced and stays as it is: its activations are kept (%s)",
@@ -209,7 +210,7 @@ def _replace_activation(node: fx.Node, layers: dict[str, nn.Module]) -> None:
     if kind in _DROPOUTS:
         node.replace_all_uses_with(node.args[0])
         node.graph.erase_node(node)
-    elif node.op.startswith("call_") and kind in (_RELU_MODULES if is_module else _RELUS):
+    elif node.op.startswith("call_") and kind in (RELU_MODULES if is_module else RELUS):
         x, *flags = node.args
         if is_module:
             flags = [layers[str(node.target)].inplace]

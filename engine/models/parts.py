@@ -1,6 +1,7 @@
 """What a network of several stages says about itself: the pieces its forward pass chains."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -51,3 +52,15 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     batch, channels, height, width = x.shape
     x = x.reshape(batch, groups, channels // groups, height, width).transpose(1, 2)
     return x.reshape(batch, channels, height, width)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """`module` in eval mode; afterwards every part of it is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,8 +1,7 @@
 """Cutting any traceable model after named modules, with torch.fx."""
 
-import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import fx, nn
 
 from ..errors import UsageError
 from .names import unknown_name
-from .parts import Parts
+from .parts import Parts, eval_mode
 from .weights import first_line
 
-_RELUS = {torch.relu, torch.relu_, F.relu, F.relu6, "relu", "relu_"}
-_RELU_MODULES = (nn.ReLU, nn.ReLU6)
+RELUS = {torch.relu, torch.relu_, F.relu, F.relu6, "relu", "relu_"}
+RELU_MODULES = (nn.ReLU, nn.ReLU6)
 _ACTIVATIONS = {"relu", "relu6", "silu", "gelu", "hardswish", "leaky_relu", "elu"}
 _KEEP_SIGN_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.Identity)
 
@@ -65,7 +64,7 @@ def cut_after(model: nn.Module, at: Sequence[str]) -> Parts:
     )
 
 
-class _Tracer(fx.Tracer):
+class LeafTracer(fx.Tracer):
     """Keeps the cut modules whole, and modules without children, whose code need not trace."""
 
     def __init__(self, cuts: set[str]) -> None:
@@ -84,8 +83,8 @@ class _Tracer(fx.Tracer):
 def _trace(root: nn.Module, cuts: set[str], at: Sequence[str]) -> fx.Graph:
     name = type(root.get_submodule("model")).__name__
     try:
-        with _eval_mode(root):
-            graph = _Tracer(cuts).trace(root)
+        with eval_mode(root):
+            graph = LeafTracer(cuts).trace(root)
     except Exception as error:  # tracing runs foreign code on proxies: it can raise anything
         raise UsageError(
             f"{name} cannot be traced, so it cannot be cut at {','.join(at)} ({first_line(error)})"
@@ -94,17 +93,6 @@ def _trace(root: nn.Module, cuts: set[str], at: Sequence[str]) -> fx.Graph:
     if not isinstance(output, fx.Node):
         raise UsageError(f"{name} returns {type(output).__name__}, expected one tensor of logits")
     return graph
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 def _called_once(nodes: list[fx.Node], path: str) -> int:
@@ -173,15 +161,15 @@ def _is_activation(root: nn.Module, node: fx.Node) -> bool:
 
 def _ends_in_relu(root: nn.Module, node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_module":
-        return isinstance(node, fx.Node) and node.target in _RELUS
+        return isinstance(node, fx.Node) and node.target in RELUS
     module = root.get_submodule(str(node.target))
     if isinstance(module, _KEEP_SIGN_MODULES):
         return _ends_in_relu(root, node.args[0])
-    if isinstance(module, _RELU_MODULES) or next(module.children(), None) is None:
-        return isinstance(module, _RELU_MODULES)
+    if isinstance(module, RELU_MODULES) or next(module.children(), None) is None:
+        return isinstance(module, RELU_MODULES)
     try:
-        with _eval_mode(module):
-            graph = _Tracer(set()).trace(module)
+        with eval_mode(module):
+            graph = LeafTracer(set()).trace(module)
     except Exception:  # foreign code on proxies; a stage that cannot be looked into counts as False
         return False
     return _ends_in_relu(module, list(graph.nodes)[-1].args[0])

@@ -1,5 +1,5 @@
-// CPU kernels of kernels/batch_norm.py: fp32, activations [N, C, H, W] in channels_last, here [P, C]
-// with a row a pixel.
+// CPU kernels of kernels/batch_norm.py: fp32, activations [N, C, H, W] in channels_last, here
+// [P, C] with a row a pixel.
 
 #include <algorithm>
 #include <cmath>
@@ -13,13 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-// One clone of a hot loop for each instruction set, chosen when the library is loaded. By level of
-// the architecture, because "avx2" alone has no fused multiply-add.
-#if defined(__x86_64__) && defined(__linux__)
-#define DFPTKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DFPTKD_CLONES
-#endif
+#include "common.h"
 
 namespace {
 
@@ -27,7 +21,7 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 64;                  // pixels whose sums are fp32
+constexpr int64_t kTile = 64;                    // pixels whose sums are fp32
 constexpr int64_t kElementsPerThread = 1 << 15;  // less is not worth waking a thread
 
 Tensor empty(std::vector<int64_t> shape) {
@@ -51,7 +45,7 @@ class Values {
   const float* data_;
 };
 
-// Statistics ---------------------------------------------------------------------------------------
+// Statistics --------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> affine(const Tensor& sums, const Tensor& squared_sums,
                                                   const Tensor& weight, const Tensor& bias,
@@ -104,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> affine_backward(const Tensor& grad_sc
   return {sums, squares, weights, biases};
 }
 
-// Application --------------------------------------------------------------------------------------
+// Application -------------------------------------------------------------------------------------
 
 DFPTKD_CLONES
 void apply_rows(const float* __restrict x, const float* __restrict scale,
@@ -145,17 +139,15 @@ Values pixels_of(const Tensor& activation, int64_t count) {
   return {activation, count, MemoryFormat::ChannelsLast};
 }
 
-Tensor empty_activation(const Tensor& x) {
-  return torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Float,
-                              std::nullopt, std::nullopt, std::nullopt,
-                              MemoryFormat::ChannelsLast);
+Tensor like(const Tensor& x) {
+  return dfptkd::empty_activation(x.size(0), x.size(1), x.size(2), x.size(3));
 }
 
 Tensor apply(const Tensor& x, const Tensor& scale, const Tensor& shift, bool relu) {
   const Values values = pixels_of(x, x.numel());
   const int64_t channels = x.size(1), pixels = x.numel() / std::max<int64_t>(channels, 1);
   const Values scales(scale, channels), shifts(shift, channels);
-  Tensor y = empty_activation(x);
+  Tensor y = like(x);
   float* out = y.mutable_data_ptr<float>();
   torch::stable::parallel_for(
       0, pixels, kElementsPerThread / channels + 1, [&](int64_t begin, int64_t end) {
@@ -171,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& grad_y, const Te
   const Values grads = pixels_of(grad_y, x.numel()), values = pixels_of(x, x.numel());
   const int64_t channels = x.size(1), pixels = x.numel() / std::max<int64_t>(channels, 1);
   const Values scales(scale, channels), shifts(shift, channels);
-  Tensor grad_x = empty_activation(x), grad_scale = empty({channels}), grad_shift = empty({channels});
+  Tensor grad_x = like(x), grad_scale = empty({channels}), grad_shift = empty({channels});
   float* out = grad_x.mutable_data_ptr<float>();
   const int64_t chunks = std::clamp<int64_t>(x.numel() / kElementsPerThread, 1,
                                              torch::stable::get_num_threads());

@@ -25,13 +25,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-// One clone of a hot loop for each instruction set, chosen when the library is loaded. By level of
-// the architecture, because "avx2" alone has no fused multiply-add.
-#if defined(__x86_64__) && defined(__linux__)
-#define DFPTKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DFPTKD_CLONES
-#endif
+#include "common.h"
 
 namespace {
 
@@ -43,7 +37,7 @@ constexpr int64_t kBlock = 256;               // elements that are summed in fp3
 constexpr int64_t kElementsPerThread = 4096;  // less is not worth waking a thread
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Vector loops -------------------------------------------------------------------------------------
+// Vector loops ------------------------------------------------------------------------------------
 
 // exp(x) for x <= 0 to about one unit in the last place; subnormal results become 0.
 // x = n log 2 + r, |r| <= log(2) / 2; polynomial of Cephes' expf (S. Moshier) in r.

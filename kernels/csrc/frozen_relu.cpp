@@ -17,12 +17,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-// One clone of a hot loop for each instruction set, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__)
-#define DFPTKD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DFPTKD_CLONES
-#endif
+#include "common.h"
 
 namespace {
 

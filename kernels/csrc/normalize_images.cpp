@@ -16,16 +16,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-// One clone of a hot loop for each instruction set, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__)
-#define DFPTKD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define DFPTKD_CLONES
-#endif
+#include "common.h"
 
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -124,9 +118,7 @@ Tensor normalize_images(const Tensor& images, const Tensor& scale, const Tensor&
     affine.shift[k] = shifts.const_data_ptr<float>()[k % kChannels];
   }
 
-  Tensor out = torch::stable::empty({count, kChannels, height, width}, ScalarType::Float,
-                                    std::nullopt, std::nullopt, std::nullopt,
-                                    MemoryFormat::ChannelsLast);
+  Tensor out = dfptkd::empty_activation(count, kChannels, height, width);
   const uint8_t* bytes = raw.const_data_ptr<uint8_t>();
   float* values = out.mutable_data_ptr<float>();
   const int64_t row_bytes = width * kChannels;

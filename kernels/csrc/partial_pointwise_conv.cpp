@@ -1,5 +1,6 @@
 // CPU kernels of dfptkd::partial_pointwise_conv_native and its backward: fp32, activations
-// [N, C, H, W] in channels_last. Equations and semantics are those of kernels/partial_pointwise_conv.py; here P is a pixel, [P, C] a matrix:
+// [N, C, H, W] in channels_last. Equations and semantics are those of
+// kernels/partial_pointwise_conv.py; here P is a pixel, [P, C] a matrix:
 //
 //   h = act(x * scale + shift) + residual          h[:, :c_p] = conv(h[:, :c_p])        y = h W^T
 //   g = grad_y + grad_sums + 2 y grad_squared_sums,   dW = g^T h,   dh = g W
@@ -25,6 +26,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "common.h"
+
 #define DFPTKD_INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -33,17 +36,17 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 64;       // pixels whose activations stay in cache; their sums are fp32
-constexpr int64_t kUnit = 512;      // pixels whose weight gradients are fp32, at least
-constexpr int64_t kMaxLanes = 16;   // fp32 values of the widest vector
-constexpr int kNarrow = 8;          // and of one that wastes less on narrow images
-constexpr int64_t kSlack = 80;      // floats that a vector may read past the end of a buffer
+constexpr int64_t kTile = 64;      // pixels whose activations stay in cache; their sums are fp32
+constexpr int64_t kUnit = 512;     // pixels whose weight gradients are fp32, at least
+constexpr int64_t kMaxLanes = 16;  // fp32 values of the widest vector
+constexpr int kNarrow = 8;         // and of one that wastes less on narrow images
+constexpr int64_t kSlack = 80;     // floats that a vector may read past the end of a buffer
 constexpr int64_t kMacsPerThread = 1 << 18;  // less is not worth waking a thread
 
-// Vectors ------------------------------------------------------------------------------------------
+// Vectors -----------------------------------------------------------------------------------------
 
-// What the code is written for: lanes of a vector, and tiles of accumulators that fill the registers.
-// Chosen at run time, so that one library serves every CPU.
+// What the code is written for: lanes of a vector, and tiles of accumulators that fill the
+// registers. Chosen at run time, so that one library serves every CPU.
 template <int kLanes_, int kRows_, int kSpan_, int kOut_>
 struct Machine {
   using Narrow = Machine<std::min(kLanes_, kNarrow), kRows_, kSpan_, kOut_>;
@@ -84,7 +87,7 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Matrix product -----------------------------------------------------------------------------------
+// Matrix product ----------------------------------------------------------------------------------
 
 // A matrix in memory: element (i, j) at data[i * row + j * col].
 struct Matrix {
@@ -261,7 +264,7 @@ DFPTKD_INLINE void accumulate(const Matrix& a, int64_t rows, const float* b, int
   }
 }
 
-// Convolution of planes ----------------------------------------------------------------------------
+// Convolution of planes ---------------------------------------------------------------------------
 
 // Geometry of zero-bordered planes, each of several images one below the other.
 struct Planes {
@@ -484,7 +487,7 @@ DFPTKD_INLINE void correlate(const float* in, const float* grad, const Planes& p
   }
 }
 
-// The operator ---------------------------------------------------------------------------------------
+// The operator ------------------------------------------------------------------------------------
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -541,8 +544,8 @@ DFPTKD_INLINE void activate(const Input& in, int64_t first, int64_t rows, float*
   }
 }
 
-// h of `count` pixels, whole images, with its first channels convolved; s.planes keeps those as they
-// were.
+// h of `count` pixels, whole images, with its first channels convolved; s.planes keeps those as
+// they were.
 template <class M>
 DFPTKD_INLINE void activate_images(const Input& in, int64_t first, int64_t count, Scratch& s) {
   const int64_t images = in.images(count);
@@ -748,7 +751,7 @@ DFPTKD_INLINE void backward_units(const Backward& b, int64_t begin, int64_t end,
   }
 }
 
-// One copy of each walk for each machine -------------------------------------------------------------
+// One copy of each walk for each machine ----------------------------------------------------------
 
 #if defined(__x86_64__)
 #define DFPTKD_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
@@ -801,7 +804,7 @@ Walks choose_walks() {
 
 const Walks kWalks = choose_walks();
 
-// Tensors ------------------------------------------------------------------------------------------
+// Tensors -----------------------------------------------------------------------------------------
 
 // fp32 tensors as pointers; holds what had to be copied.
 class Values {
@@ -852,7 +855,8 @@ Input make_input(Values& values, const Tensor& x, const std::optional<Tensor>& s
                  const std::optional<Tensor>& shift, const std::optional<Tensor>& partial_weight,
                  const Tensor& point_weight, const std::optional<Tensor>& residual, bool relu,
                  int64_t groups) {
-  STD_TORCH_CHECK(x.dim() == 4 && point_weight.dim() == 2, "expected x [N, C, H, W], weight [O, I]");
+  STD_TORCH_CHECK(x.dim() == 4 && point_weight.dim() == 2,
+                  "expected x [N, C, H, W] and point_weight [C_out, C / groups]");
   const int64_t channels = x.size(1), out_channels = point_weight.size(0);
   STD_TORCH_CHECK(groups > 0 && point_weight.size(1) * groups == channels &&
                       out_channels % groups == 0,
@@ -891,7 +895,7 @@ Input make_input(Values& values, const Tensor& x, const std::optional<Tensor>& s
   return in;
 }
 
-// Calls walk(chunk, begin, end) on as many chunks of units as are worth a thread; returns how many.
+// Calls walk(chunk, begin, end) on `chunks` ranges of units that cover all, in parallel.
 template <class Walk>
 void over_units(const Input& in, int64_t chunks, Walk walk) {
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -901,6 +905,7 @@ void over_units(const Input& in, int64_t chunks, Walk walk) {
   });
 }
 
+// As many as are worth a thread.
 int64_t chunks_of(const Input& in) {
   const int64_t macs = in.pixels * in.channels * in.width();
   return std::clamp<int64_t>(std::min(in.units(), macs / kMacsPerThread), 1,
@@ -916,9 +921,7 @@ Tensor empty_activation(const Tensor& x, int64_t channels, bool wanted = true) {
   if (!wanted) {
     return empty({0});
   }
-  return torch::stable::empty({x.size(0), channels, x.size(2), x.size(3)}, ScalarType::Float,
-                              std::nullopt, std::nullopt, std::nullopt,
-                              MemoryFormat::ChannelsLast);
+  return dfptkd::empty_activation(x.size(0), channels, x.size(2), x.size(3));
 }
 
 template <class From>
@@ -966,9 +969,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& residual, const Tensor& y, bool relu, int64_t groups,
     bool needs_x, bool needs_weights, bool needs_residual) {
   Values values;
-  Backward b{make_input(values, x, scale, shift, partial_weight, point_weight, residual, relu,
-                        groups),
-             {}, {}, values.pixels_of(grad_y), values.pixels_of(y), {}, {}, nullptr, nullptr, needs_weights};
+  Backward b{.in = make_input(values, x, scale, shift, partial_weight, point_weight, residual, relu,
+                              groups),
+             .weight = {},
+             .flipped_conv = {},
+             .grad_y = values.pixels_of(grad_y),
+             .y = values.pixels_of(y),
+             .grad_sums = {},
+             .double_grad_squared_sums = {},
+             .grad_x = nullptr,
+             .grad_residual = nullptr,
+             .needs_weights = needs_weights};
   const Input& in = b.in;
   STD_TORCH_CHECK(grad_y.numel() == in.pixels * in.out_channels && y.numel() == grad_y.numel(),
                   "grad_y and y: expected [N, C_out, H, W]");

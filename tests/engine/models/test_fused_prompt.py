@@ -99,3 +99,16 @@ def test_a_wide_prompt_block_stays_eager_on_a_cpu():
     x = torch.zeros(1, 512, 4, 4)
     assert not PromptFusion(512).prompt.is_fused(x)
     assert PromptFusion(64).prompt.is_fused(x[:, :64])
+
+
+def test_a_fused_pair_compiles_as_one_graph():
+    eager = make_pair({})
+    compiled = copy.deepcopy(eager)
+    run_compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
+    x, grad = torch.randn(2, 4, 32, 9, 7)
+    for forward in (eager, run_compiled):
+        forward(x).backward(grad)
+    for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        scale = max(1.0, a.grad.abs().max().item())
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-4 * scale, msg=name)
+    torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()))
