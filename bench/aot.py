@@ -27,7 +27,7 @@ import torch
 from ..kernels.triton_common import AotCase
 
 # Files of ..kernels with an `aot_cases(dtype)`.
-KERNEL_FILES = ("dual_path_loss_triton", "frozen_relu_triton")
+KERNEL_FILES = ("dual_path_loss_triton", "frozen_relu_triton", "partial_pointwise_conv_triton")
 CAPABILITIES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -144,6 +144,7 @@ def faults(case: AotCase, capability: int, found: Report) -> list[str]:
             case.load is not None and not any(load.endswith(case.load) for load in found.loads),
             f"no {case.load} load among {', '.join(found.loads)}",
         ),
+        (case.mma and found.mma == "none", "no matrix instruction"),
     )
     return [text for failed, text in checks if failed]
 

@@ -32,10 +32,11 @@ OPERATIONS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "normalize_images": {"native": (torch.float32, torch.uint8)},
     "dual_path_loss": {"native": _FLOATS, "triton": _FLOATS},
     "distillation_loss": {"native": _FLOATS, "triton": _FLOATS},
-    "partial_pointwise_conv": {"native": (torch.float32,)},
-    "batch_norm_affine": {"native": (torch.float32,)},
-    "affine_relu": {"native": (torch.float32,)},
-    "frozen_conv2d": {},
+    "partial_pointwise_conv": {"native": (torch.float32,), "triton": _FLOATS},
+    # A few values a channel: beside the Triton kernels plain PyTorch does.
+    "batch_norm_affine": {"native": (torch.float32,), "triton": (torch.float32,)},
+    "affine_relu": {"native": (torch.float32,), "triton": _FLOATS},
+    "frozen_conv2d": {},  # cuDNN and oneDNN do it: never forced
     "frozen_relu": {"native": (torch.float32,), "triton": _FLOATS},
 }
 
@@ -109,6 +110,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.name = _newest_forced = before
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` forces on this thread; None: every call takes the best."""
+    return _forced_here(_newest_forced)
+
+
 def unavailable(backend: str) -> str | None:
     """Why a backend cannot be used on this machine at all, in one phrase; None: it can."""
     return {"native": _load_native, "triton": _find_triton}.get(backend, lambda: None)()
@@ -163,13 +169,17 @@ def _resolve(operation: str, device: str, dtype: torch.dtype, _guard: str | None
         raise ValueError(
             f"unknown operation {operation!r}: expected one of {', '.join(OPERATIONS)}"
         )
-    if _forced.name is not None:
+    if _forced.name is not None and OPERATIONS[operation]:
         reason = _refusal(_forced.name, operation, device, dtype)
         if reason:
             raise RuntimeError(f"use_backend({_forced.name!r}): {reason}")
         return _forced.name
     fast = _AUTOMATIC.get(device, "reference")
     return "reference" if _refusal(fast, operation, device, dtype) else fast
+
+
+def _forced_here(_guard: str | None) -> str | None:
+    return _forced.name
 
 
 @functools.cache
@@ -185,5 +195,6 @@ def _log_fallback(operation: str, device: str, dtype: torch.dtype) -> None:
 
 # torch.compile calls these while it traces and keeps the answer: nothing in a graph changes it.
 # The same mark as torch.compiler.assume_constant_result, which imports the whole compiler.
+_forced_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _log_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]

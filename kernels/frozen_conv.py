@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torch.nn.grad
 from torch import Tensor
 
-from .backend import autocast_dtype, choose
+from .backend import autocast_dtype
 
 Pair = tuple[int, int]
 
@@ -117,7 +117,6 @@ def frozen_conv2d(
                 f"got {bias.dtype} {list(bias.shape)} on {bias.device}"
             )
         bias = bias.detach()
-    choose("frozen_conv2d", x)
     options = (_pair(stride), _pair(padding), _pair(dilation), groups)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return F.conv2d(x, weight.detach(), bias, *options)

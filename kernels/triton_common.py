@@ -96,6 +96,8 @@ class AotCase:
     max_registers: int = 255
     load: str | None = None
     """Shape of the global load that there must be, such as "v4.b32"; None: any."""
+    mma: bool = False
+    """Whether there must be matrix instructions."""
 
 
 def aot_case(
@@ -105,6 +107,7 @@ def aot_case(
     launch: Mapping[str, Any],
     max_registers: int = 255,
     load: str | None = None,
+    mma: bool = False,
 ) -> AotCase:
     """An `AotCase` from what a launch has at hand.
 
@@ -115,7 +118,7 @@ def aot_case(
         launch: Keyword arguments of the launch, constants and options mixed; an absent tensor
             is None.
         max_registers: Ceiling for a thread.
-        load: As in `AotCase`.
+        load, mma: As in `AotCase`.
     """
     annotated = {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
     types = {**annotated, **types}
@@ -130,4 +133,5 @@ def aot_case(
         {key: value for key, value in launch.items() if key not in constexprs},
         max_registers,
         load,
+        mma,
     )

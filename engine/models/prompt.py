@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import affine_relu, batch_norm_affine, partial_pointwise_conv, which_backend
-from ...kernels.backend import autocast_dtype
+from ...kernels.backend import autocast_dtype, forced_backend
 from ...kernels.partial_pointwise_conv import partial_conv
 from ..config import PromptConfig
 from ..errors import UsageError
 
 # Forward and backward of a pair on two cores, eager time over native: 1.2 to 1.8 up to 32 channels
-# in the middle, 0.9 to 1.1 at 64, 0.6 to 0.8 at 128.
-_WIDEST_NATIVE = 32
+# in the middle, 0.9 to 1.1 at 64, 0.6 to 0.8 at 128. No GPU has measured the Triton kernels yet.
+_WIDEST = {"native": 32}
 
 
 class PartialConv2d(nn.Module):
@@ -80,9 +80,11 @@ class PromptBlock(nn.Module):
         return self.up(h)
 
     def is_fused(self, x: Tensor) -> bool:
-        """Whether `fused` serves x, and faster."""
+        """Whether `fused` serves x, and faster or by `use_backend`."""
         backend = which_backend("partial_pointwise_conv", x, autocast_dtype(x))
-        return backend == "triton" or (backend == "native" and self.width <= _WIDEST_NATIVE)
+        if backend == "reference":
+            return False
+        return backend == forced_backend() or self.width <= _WIDEST.get(backend, 0)
 
     def fused(self, x: Tensor) -> Pending:
         """The same prompt by `partial_pointwise_conv`, its last BatchNorm pending."""

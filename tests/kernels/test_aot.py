@@ -18,8 +18,10 @@ import triton.language as tl
 
 from dfptkd.bench import aot
 from dfptkd.kernels import dual_path_loss_triton as loss
-from dfptkd.kernels import frozen_relu_triton as frozen_relu
+from dfptkd.kernels import frozen_relu_triton, partial_pointwise_conv_triton
 from dfptkd.kernels.triton_common import row_launch, shared_alignment
+
+KERNELS = (loss, frozen_relu_triton, partial_pointwise_conv_triton)
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def test_every_launch_in_bf16_on_sm_90_passes_the_gate():
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["kernel"], row["faults"]) for row in rows if row["faults"]] == []
     assert done.returncode == 0, done.stderr
-    cases = [*loss.aot_cases(torch.bfloat16), *frozen_relu.aot_cases(torch.bfloat16)]
+    cases = [case for file in KERNELS for case in file.aot_cases(torch.bfloat16)]
     assert [row["kernel"] for row in rows] == [case.name for case in cases]
 
 
@@ -87,6 +89,9 @@ def test_each_rule_of_the_gate_can_fail(dual):
     shared = replace(report, shared_bytes=100 * 1024)
     assert aot.faults(case, 90, shared) == []
     assert "shared memory" in aot.faults(case, 120, shared)[0]
+    dot = replace(case, mma=True)
+    assert "no matrix instruction" in aot.faults(dot, 90, report)[0]
+    assert aot.faults(dot, 90, replace(report, mma="mma.sync")) == []
     assert "no v4.b32 load" in aot.faults(case, 90, replace(report, loads=("ld.global.b16",)))[0]
 
 

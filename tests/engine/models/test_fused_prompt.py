@@ -95,10 +95,15 @@ def test_one_value_a_channel_is_refused_in_training_as_by_torch():
             pair(torch.randn(1, 32, 1, 1))
 
 
-def test_a_wide_prompt_block_stays_eager_on_a_cpu():
+def test_a_wide_prompt_block_stays_eager_unless_forced():
     x = torch.zeros(1, 512, 4, 4)
-    assert not PromptFusion(512).prompt.is_fused(x)
+    wide = PromptFusion(512).prompt
+    assert not wide.is_fused(x)
+    with use_backend("native"):
+        assert wide.is_fused(x)
     assert PromptFusion(64).prompt.is_fused(x[:, :64])
+    with use_backend("reference"):
+        assert not PromptFusion(64).prompt.is_fused(x[:, :64])
 
 
 def test_a_fused_pair_compiles_as_one_graph():
