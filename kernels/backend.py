@@ -33,12 +33,15 @@ OPERATIONS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "dual_path_loss": {"native": _FLOATS, "triton": _FLOATS},
     "distillation_loss": {"native": _FLOATS, "triton": _FLOATS},
     "partial_pointwise_conv": {"native": (torch.float32,), "triton": _FLOATS},
-    # A few values a channel: beside the Triton kernels plain PyTorch does.
-    "batch_norm_affine": {"native": (torch.float32,), "triton": (torch.float32,)},
+    "batch_norm_affine": {"native": (torch.float32,)},
     "affine_relu": {"native": (torch.float32,), "triton": _FLOATS},
-    "frozen_conv2d": {},  # cuDNN and oneDNN do it: never forced
+    "frozen_conv2d": {},
     "frozen_relu": {"native": (torch.float32,), "triton": _FLOATS},
 }
+
+# Operation -> backends that leave it to PyTorch, forced or not: cuDNN and oneDNN convolve well, and
+# a few values a channel need no kernel on a GPU.
+_LEFT_TO_PYTORCH = {"frozen_conv2d": ("native", "triton"), "batch_norm_affine": ("triton",)}
 
 _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 _log = logging.getLogger(__name__)
@@ -169,7 +172,9 @@ def _resolve(operation: str, device: str, dtype: torch.dtype, _guard: str | None
         raise ValueError(
             f"unknown operation {operation!r}: expected one of {', '.join(OPERATIONS)}"
         )
-    if _forced.name is not None and OPERATIONS[operation]:
+    if _forced.name in _LEFT_TO_PYTORCH.get(operation, ()):
+        return "reference"
+    if _forced.name is not None:
         reason = _refusal(_forced.name, operation, device, dtype)
         if reason:
             raise RuntimeError(f"use_backend({_forced.name!r}): {reason}")

@@ -213,23 +213,10 @@ def _allocate(
 
 
 @torch.library.register_fake("dfptkd::partial_pointwise_conv_backward")
-def _allocate_backward(
-    grad_y: Tensor,
-    grad_sums: Tensor | None,
-    grad_squared_sums: Tensor | None,
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    partial_weight: Tensor | None,
-    point_weight: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    relu: bool,
-    groups: int,
-    needs_x: bool,
-    needs_weights: bool,
-    needs_residual: bool,
-) -> tuple[Tensor, ...]:
+def _allocate_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    _, _, _, x, scale, shift, partial_weight, point_weight, _, _, _, _, *needs = inputs
+    needs_x, needs_weights, needs_residual = needs
+
     def like(tensor: Tensor | None, is_needed: bool) -> Tensor:
         return torch.empty_like(tensor) if tensor is not None and is_needed else x.new_empty(0)
 

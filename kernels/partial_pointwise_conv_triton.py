@@ -19,7 +19,7 @@ The backward forms g, the whole gradient of y, wherever it reads grad_y, and tak
 
 Sums over pixels go to memory as one row a program and are added up by `sum_rows_kernel`: no
 atomics, so that the same launch gives the same bits. Dots accumulate in fp32. fp32 operands are
-rounded to TF32 where torch.backends.cudnn.allow_tf32 lets a convolution of PyTorch do so.
+rounded to TF32 where torch.backends.cudnn.conv.fp32_precision lets a convolution of PyTorch do so.
 """
 
 from collections.abc import Iterator
@@ -561,8 +561,9 @@ def _arithmetic(dtype: torch.dtype, is_tf32: bool | None = None) -> dict[str, An
     """How a kernel of this dtype multiplies; `is_tf32` is PyTorch's setting unless given."""
     if dtype != torch.float32:
         return {"PRECISION": "tf32", **_WARPS}  # of 16-bit operands Triton ignores it
-    if is_tf32 is None:
-        is_tf32 = torch.backends.cudnn.allow_tf32 and not triton.knobs.runtime.interpret
+    if is_tf32 is None:  # not by cudnn.allow_tf32: reading it raises where conv and rnn differ
+        is_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        is_tf32 = is_tf32 and not triton.knobs.runtime.interpret
     precision = "tf32" if is_tf32 else "ieee"
     return {"PRECISION": precision, **_WARPS, "maxnreg": _MOST_REGISTERS_FP32}
 

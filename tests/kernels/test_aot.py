@@ -117,3 +117,17 @@ def test_the_launch_table_keeps_rows_up_to_4096_in_registers():
     for classes in (2, 100, 256, 512, 1000, 2048, 4096, 21841):
         launch = row_launch(classes)
         assert launch.max_registers * 32 * launch.num_warps <= 65536
+
+
+def test_fp32_multiplies_as_a_convolution_of_pytorch_would():
+    def precision():
+        return partial_pointwise_conv_triton._arithmetic(torch.float32)["PRECISION"]
+
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for name in ("ieee", "tf32"):
+            conv.fp32_precision = name  # the other operators keep theirs
+            assert precision() == name
+    finally:
+        conv.fp32_precision = before

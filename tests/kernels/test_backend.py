@@ -73,6 +73,15 @@ def test_forced_backend_that_cannot_serve_raises(name, operation, tensor, dtype,
         which_backend(operation, tensor, dtype)
 
 
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [("native", "frozen_conv2d"), ("triton", "frozen_conv2d"), ("triton", "batch_norm_affine")],
+)
+def test_what_a_backend_leaves_to_pytorch_is_not_refused(name, operation):
+    with use_backend(name):
+        assert which_backend(operation, torch.zeros(1)) == "reference"
+
+
 def test_triton_runs_on_cpu_tensors_only_under_its_interpreter(monkeypatch):
     monkeypatch.setitem(backend.OPERATIONS, "normalize_images", {"triton": (torch.uint8,)})
     monkeypatch.setattr(backend, "_find_triton", lambda: None)
