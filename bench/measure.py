@@ -7,16 +7,18 @@ graph. Rows of different devices stand in the same file and are never mixed in a
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+from ..engine.cli import Parser
 from ..engine.log import commit, hardware, versions
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -98,6 +100,26 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def kept_bytes(forward: Callable[[], object], constants: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages that the graph of a forward pass keeps alive for its backward.
+
+    Args:
+        forward: Makes the graph.
+        constants: Parameters and buffers, which live without it: not counted.
+    """
+    known = {t.untyped_storage().data_ptr() for t in constants}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(size for address, size in kept.items() if address not in known)
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Measured copy (read + write) in 1e9 bytes/s, the roof of a memory-bound kernel."""
     source = torch.randn(1 << 26, device=device)  # 256 MiB: no cache holds it
@@ -145,6 +167,26 @@ def make_row(
         copy_gb_per_s=None if copy_gb_per_s is None else round(copy_gb_per_s, 1),
         peak_bytes=peak,
     )
+
+
+def positive(text: str) -> int:
+    """An option that counts something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def bench_parser(part: str, *, rounds: int = 50) -> Parser:
+    """The options that every `dfptkd bench` has."""
+    parser = Parser(prog=f"dfptkd bench {part}", allow_abbrev=False)
+    parser.add_argument("--device", help="cpu or cuda; absent: cuda where there is one")
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, help="timed calls of each variant"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help=f"CSV to append to; absent: {RESULTS.name}"
+    )
+    return parser
 
 
 def append_rows(rows: list[Row], path: Path = RESULTS) -> None:

@@ -31,7 +31,7 @@ VERBS = {
     "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
     "report": "table and one-file HTML report: dfptkd report RUN... [--out FILE]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
-    "bench": "measurements side by side: dfptkd bench kernels [--shapes 256x1000] [--rounds N]",
+    "bench": "measurements side by side: dfptkd bench kernels|overhead [--rounds N] [options]",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
 
@@ -309,13 +309,15 @@ def suggestion(name: str, known: Any) -> str:
 # The other commands ------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are a UsageError."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}")
 
 
-def _parser(verb: str) -> _Parser:
-    return _Parser(prog=f"dfptkd {verb}", description=VERBS[verb], allow_abbrev=False)
+def _parser(verb: str) -> Parser:
+    return Parser(prog=f"dfptkd {verb}", description=VERBS[verb], allow_abbrev=False)
 
 
 def _eval(args: list[str]) -> int:
@@ -386,7 +388,7 @@ def _export(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    parts = ("kernels",)
+    parts = ("kernels", "overhead")
     if not args or args[0] not in parts:
         raise UsageError(f"bench: expected what to measure, one of: {' '.join(parts)}")
     package = __package__.rpartition(".")[0]
@@ -406,7 +408,7 @@ def _doctor(args: list[str]) -> int:
     return run_doctor(options.build_native)
 
 
-def _parse(parser: _Parser, args: list[str]) -> argparse.Namespace | None:
+def _parse(parser: Parser, args: list[str]) -> argparse.Namespace | None:
     """The options, or None if help was printed."""
     try:
         return parser.parse_args(args)

@@ -48,11 +48,11 @@ _log = logging.getLogger(__name__)
 
 
 class _Forced(threading.local):
-    name: str | None = None
+    def __init__(self) -> None:  # in every thread; torch.compile guards on no class attribute
+        self.name: str | None = None
 
 
 _forced = _Forced()
-_newest_forced: str | None = None  # a plain global, so that torch.compile guards on it
 
 
 def which_backend(operation: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
@@ -70,13 +70,13 @@ def which_backend(operation: str, tensor: torch.Tensor, dtype: torch.dtype | Non
         ValueError: the operation is unknown.
         RuntimeError: the backend forced by `use_backend` cannot serve the call.
     """
-    return _resolve(operation, tensor.device.type, dtype or tensor.dtype, _newest_forced)
+    return _resolve(operation, tensor.device.type, dtype or tensor.dtype, _forced.name)
 
 
 def choose(operation: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     """`which_backend`, for the operation itself: an automatic fall-back is logged once."""
-    name = _resolve(operation, tensor.device.type, dtype or tensor.dtype, _newest_forced)
-    if name == "reference":
+    name = _resolve(operation, tensor.device.type, dtype or tensor.dtype, _forced.name)
+    if name == "reference" and _forced.name is None:
         _log_fallback(operation, tensor.device.type, dtype or tensor.dtype)
     return name
 
@@ -102,20 +102,19 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is unknown. A call that the backend cannot serve raises RuntimeError.
     """
-    global _newest_forced
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
     before = _forced.name
-    _forced.name = _newest_forced = name
+    _forced.name = name
     try:
         yield
     finally:
-        _forced.name = _newest_forced = before
+        _forced.name = before
 
 
 def forced_backend() -> str | None:
     """The backend that `use_backend` forces on this thread; None: every call takes the best."""
-    return _forced_here(_newest_forced)
+    return _forced.name
 
 
 def unavailable(backend: str) -> str | None:
@@ -167,24 +166,20 @@ def _refusal(backend: str, operation: str, device: str, dtype: torch.dtype) -> s
     return unavailable(backend)
 
 
-def _resolve(operation: str, device: str, dtype: torch.dtype, _guard: str | None) -> str:
+def _resolve(operation: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
     if operation not in OPERATIONS:
         raise ValueError(
             f"unknown operation {operation!r}: expected one of {', '.join(OPERATIONS)}"
         )
-    if _forced.name in _LEFT_TO_PYTORCH.get(operation, ()):
+    if forced in _LEFT_TO_PYTORCH.get(operation, ()):
         return "reference"
-    if _forced.name is not None:
-        reason = _refusal(_forced.name, operation, device, dtype)
+    if forced is not None:
+        reason = _refusal(forced, operation, device, dtype)
         if reason:
-            raise RuntimeError(f"use_backend({_forced.name!r}): {reason}")
-        return _forced.name
+            raise RuntimeError(f"use_backend({forced!r}): {reason}")
+        return forced
     fast = _AUTOMATIC.get(device, "reference")
     return "reference" if _refusal(fast, operation, device, dtype) else fast
-
-
-def _forced_here(_guard: str | None) -> str | None:
-    return _forced.name
 
 
 @functools.cache
@@ -194,12 +189,11 @@ def _log_fallback_once(operation: str, reason: str) -> None:
 
 def _log_fallback(operation: str, device: str, dtype: torch.dtype) -> None:
     fast = _AUTOMATIC.get(device)
-    if _forced.name is None and fast in OPERATIONS[operation]:
+    if fast in OPERATIONS[operation]:
         _log_fallback_once(operation, str(_refusal(fast, operation, device, dtype)))
 
 
 # torch.compile calls these while it traces and keeps the answer: nothing in a graph changes it.
 # The same mark as torch.compiler.assume_constant_result, which imports the whole compiler.
-_forced_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _log_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]

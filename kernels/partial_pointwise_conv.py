@@ -218,7 +218,9 @@ def _allocate_backward(*inputs: Any) -> tuple[Tensor, ...]:
     needs_x, needs_weights, needs_residual = needs
 
     def like(tensor: Tensor | None, is_needed: bool) -> Tensor:
-        return torch.empty_like(tensor) if tensor is not None and is_needed else x.new_empty(0)
+        if tensor is None or not is_needed:
+            return x.new_empty(0)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
     def activation(is_needed: bool) -> Tensor:
         return _empty_nhwc(x, x.shape) if is_needed else x.new_empty(0)

@@ -1,20 +1,29 @@
 """The bench measures what it says, keeps what it measured before, and refuses a wrong result."""
 
 import csv
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from dfptkd.bench import kernels as bench
+from dfptkd.bench import overhead
 from dfptkd.bench.measure import Row, append_rows, time_interleaved
 from dfptkd.engine.cli import main
+from dfptkd.engine.models import PromptFusion
+from dfptkd.kernels import which_backend
 
 CPU = torch.device("cpu")
 
 
-def measure(operations=("dual_path_loss",)):
-    return bench.bench([(4, 5)], CPU, torch.float32, rounds=3, operations=operations)
+def served_by(channels):
+    x = torch.zeros(1, channels, 2, 2)
+    fast = which_backend("partial_pointwise_conv", x)
+    return fast if PromptFusion(channels).prompt.is_fused(x) else "reference"
+
+
+def measure(shape=(4, 5)):
+    return list(bench.bench([shape], CPU, torch.float32, rounds=3))
 
 
 def test_rows_carry_their_circumstances():
@@ -26,8 +35,25 @@ def test_rows_carry_their_circumstances():
         assert row.torch == torch.__version__
         assert row.n == 3
         assert row.p20_us <= row.median_us <= row.p80_us
-        # five tensors of 20 floats and four labels
-        assert row.gb_per_s == pytest.approx((5 * 80 + 32) / row.median_us / 1e3, abs=0.01)
+        # five or three tensors of 20 floats and four labels
+        tensors = 5 if row.kernel == "dual_path_loss" else 3
+        moved = tensors * 80 + 32
+        assert row.gb_per_s == pytest.approx(moved / row.median_us / 1e3, abs=0.01)
+
+
+def test_a_pair_is_measured_by_every_provider():
+    rows = measure((2, 32, 5, 4))
+    assert {row.provider for row in rows} == {"eager", "compile", f"ours[{served_by(32)}]"}
+    image = 4 * 2 * 32 * 5 * 4
+    for row in rows:
+        moved = {"forward": 2, "forward+backward": 5}[row.passes] * image
+        assert row.gb_per_s == pytest.approx(moved / row.median_us / 1e3, abs=0.01)
+
+
+def test_a_wide_pair_is_also_measured_on_what_it_decided_against():
+    rows = measure((1, 256, 2, 2))
+    assert {row.provider for row in rows} >= {"eager", "ours[reference]"}
+    assert ("forced[native]" in {row.provider for row in rows}) == (served_by(32) == "native")
 
 
 def test_results_are_appended_never_replaced(tmp_path):
@@ -43,15 +69,19 @@ def test_results_are_appended_never_replaced(tmp_path):
     assert list(read[0]) == [f.name for f in fields(Row)]
 
 
-def test_a_provider_with_another_result_is_not_timed(monkeypatch):
-    original = bench.providers
+@pytest.mark.parametrize("shape", [(4, 5), (2, 32, 5, 4)], ids=str)
+def test_a_provider_with_another_result_is_not_timed(monkeypatch, shape):
+    original = bench.cases
 
-    def with_a_wrong_one(operation, x):
-        return original(operation, x) | {"wrong": lambda: 1.01 * bench.fused_total(operation, x)}
+    def with_a_wrong_one(*args):
+        for case in original(*args):
+            right = case.providers["eager"]
+            wrong = {"wrong": lambda right=right: 1.01 * right()}
+            yield replace(case, providers=case.providers | wrong)
 
-    monkeypatch.setattr(bench, "providers", with_a_wrong_one)
-    with pytest.raises(RuntimeError, match="wrong: total off by"):
-        measure()
+    monkeypatch.setattr(bench, "cases", with_a_wrong_one)
+    with pytest.raises(RuntimeError, match="by wrong: off by"):
+        measure(shape)
 
 
 def test_variants_are_interleaved():
@@ -70,3 +100,52 @@ def test_the_command(tmp_path, capsys):
     assert out.is_file()
     assert main(["bench", "colour"]) == 2
     assert "kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["kernels", "--shapes", "12"], "--shapes 12: expected rows x classes"),
+        (["kernels", "--shapes", "4x5,0x5"], "--shapes 0x5: expected"),
+        (["kernels", "--shapes", "4x5x6"], "--shapes 4x5x6: expected"),
+        (["kernels", "--rounds", "0"], "--rounds: '0': expected a whole number of at least 1"),
+        (["kernels", "--device", "tpu"], "device='tpu': expected cpu or cuda"),
+        (["overhead", "--batch", "-3"], "--batch: '-3': expected a whole number"),
+        (["overhead", "--teacher", "cifar:resnet32x5"], "resnet32x4"),
+        (["overhead", "--fusion-groups", "7"], "prompt.fusion_groups=7: expected a divisor"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_option_is_one_line_and_measures_nothing(tmp_path, capsys, args, said):
+    out = tmp_path / "r.csv"
+    assert main(["bench", *args, "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_overhead_counts_and_times_the_pairs(tmp_path, capsys):
+    out = tmp_path / "r.csv"
+    options = ["--batch", "2", "--rounds", "2", "--out", str(out)]
+    teacher = ["--teacher", "cifar:resnet8x4", "--student", "cifar:resnet8"]
+    assert main(["bench", "overhead", *teacher, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "of the teacher's" in printed
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["passes"], row["provider"]) for row in rows] == [
+        (part, side) for part in overhead.PARTS for side in ("eager", "ours")
+    ]
+
+
+def test_overhead_shares_are_those_of_the_cost_tables():
+    setting = overhead.Setting(
+        "cifar:resnet32x4", "cifar:resnet8x4", 100, 1, 32, overhead.PromptConfig(), CPU
+    )
+    found = overhead.measure(setting, rounds=1)
+    # Reference 7.3: 2.3 % of the teacher's MACs, the new head's among them.
+    assert 100 * found.pair_macs / found.cost.teacher_macs == pytest.approx(2.3, abs=0.05)
+    kept = [side.path_kept for side in found.sides.values()]
+    assert kept[1] < 0.6 * kept[0]
+    assert all(side.pairs_kept < side.path_kept for side in found.sides.values())

@@ -163,3 +163,23 @@ def test_compiled_code_follows_the_forced_backend():
         True,
         False,
     ]  # the operator, then its reference; the third call finds the first
+
+
+@needs_native
+def test_a_backend_forced_inside_compiled_code_is_taken():
+    torch._dynamo.reset()
+    calls = []
+
+    def compiler(graph, _):
+        calls.append(any("dfptkd" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    @torch.compile(fullgraph=True, backend=compiler)
+    def run(images):
+        with use_backend("reference"):
+            first = normalize_images(images, HALVES, HALVES, dtype=torch.float32)
+        return first + 1
+
+    run(IMAGES)
+    assert calls == [False]
+    assert which_backend("normalize_images", IMAGES) == "native"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfptkd.bench import measure
 from dfptkd.engine.models import create_model, frozen, split_stages
 from dfptkd.engine.models.frozen import FrozenAffine, FrozenBatchNorm2d, FrozenConv2d, freeze
 
@@ -256,17 +257,8 @@ def test_an_untraceable_piece_stays_as_it_is_with_one_warning(caplog):
 
 
 def kept_bytes(piece: nn.Module, x: Tensor) -> int:
-    """Bytes of the storages that the graph of piece(x) keeps alive, constants not counted."""
-    constants = {t.untyped_storage().data_ptr() for t in [*piece.parameters(), *piece.buffers()]}
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        piece(x.requires_grad_())
-    return sum(size for address, size in kept.items() if address not in constants)
+    constants = [*piece.parameters(), *piece.buffers()]
+    return measure.kept_bytes(lambda: piece(x.requires_grad_()), constants)
 
 
 def kept_ratio(name: str, fold: bool) -> float:

@@ -106,8 +106,10 @@ def test_a_wide_prompt_block_stays_eager_unless_forced():
         assert not PromptFusion(64).prompt.is_fused(x[:, :64])
 
 
-def test_a_fused_pair_compiles_as_one_graph():
-    eager = make_pair({})
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_fused_pair_compiles_as_one_graph(format):
+    torch.compiler.reset()
+    eager = make_pair({}).to(memory_format=format)
     compiled = copy.deepcopy(eager)
     run_compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
     x, grad = torch.randn(2, 4, 32, 9, 7)
