@@ -194,7 +194,7 @@ def append_rows(rows: list[Row], path: Path = RESULTS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPU checks and measurements of one part: bench/on_gpu.sh loss
+# GPU checks and measurements of one part: bench/on_gpu.sh loss|prompt
 #
 # Needs an NVIDIA GPU, PyTorch >= 2.11 and Triton >= 3.6; no network, no install, no tyro. Stays
 # within 9 minutes. Correctness first; a short table last; rows for bench/results.csv and the full
@@ -37,8 +37,33 @@ torch.cuda.synchronize()
   (cd "$path" && timeout 180 "$python" -m dfptkd.bench.kernels --device cuda \
     --out "$out/results.csv") 2>&1 | tee "$out/loss-bench.txt" | tail -n 60
   ;;
+prompt)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
+  (cd "$path" && timeout 200 "$python" -m pytest -q --import-mode=importlib -p no:cacheprovider \
+    "$root/tests/kernels/test_fused_prompt_gpu.py") 2>&1 | tee "$out/prompt-tests.txt" | tail -n 15
+  if command -v compute-sanitizer > /dev/null; then
+    (cd "$path" && timeout 90 compute-sanitizer --error-exitcode 9 "$python" -c "
+import torch
+from dfptkd.engine.models import PromptFusion
+from dfptkd.kernels import use_backend
+for channels, size in ((33, (7, 5)), (64, (14, 14))):
+    pair = PromptFusion(channels).cuda()
+    x = torch.randn(3, channels, *size, device='cuda', requires_grad=True)
+    with use_backend('triton'), torch.autocast('cuda', torch.bfloat16):
+        y = pair(x)
+    y.sum().backward()
+torch.cuda.synchronize()
+") > "$out/prompt-sanitizer.txt" 2>&1 && echo "compute-sanitizer: clean" || tail -n 20 "$out/prompt-sanitizer.txt"
+  fi
+  (cd "$path" && timeout 240 "$python" -m dfptkd.bench.kernels --device cuda --rounds 30 \
+    --shapes 256x64x56x56,256x128x28x28,256x256x14x14,256x512x7x7,64x64x32x32 \
+    --out "$out/results.csv") 2>&1 | tee "$out/prompt-bench.txt" | tail -n 60
+  (cd "$path" && timeout 60 "$python" -m dfptkd.bench.overhead --device cuda --classes 1000 \
+    --teacher torchvision:resnet34 --student torchvision:resnet18 --image-size 224 --batch 256 \
+    --out "$out/results.csv") 2>&1 | tee "$out/prompt-overhead.txt" | tail -n 20
+  ;;
 *)
-  echo "usage: bench/on_gpu.sh loss" >&2
+  echo "usage: bench/on_gpu.sh loss|prompt" >&2
   exit 2
   ;;
 esac

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dfptkd.engine.models import create_model, prompt
 from dfptkd.engine.models.dual_path import DualPathTeacher
@@ -94,6 +95,18 @@ def test_no_further_apart_than_one_unit_in_the_last_place_of_the_images(name):
     found = ratio(name)
     # Measured 0.08 to 1.15, by instruction set; an epsilon twice as large gives 16 and more.
     assert (found <= 1.5).all(), found
+
+
+def test_flops_of_a_step_are_those_of_eager():
+    dual = make_teacher("cifar:resnet8x4", 16)
+
+    def flops(served_by):
+        images = torch.randn(2, 3, 16, 16)
+        with use_backend(served_by), FlopCounterMode(display=False) as counter:
+            sum(logits.sum() for logits in dual(images)).backward()
+        return counter.get_total_flops()
+
+    assert flops("native") == flops("reference") > 0
 
 
 def test_a_wrong_epsilon_is_seen(monkeypatch):
