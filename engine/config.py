@@ -270,6 +270,23 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class StepConfig:
+    """How a step is executed; the results are the same within rounding."""
+
+    mode: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """eager: PyTorch's own; compile: teacher, student and loss as compiled regions; graph: these
+    and everything else of a step in one CUDA graph; auto: the fastest that applies."""
+    joint_paths: Literal["auto", "on", "off"] = "auto"
+    """dfpt: run both teacher paths of the later stages as one batch of twice the size; auto: where
+    a measurement says that it is faster."""
+    max_skips: int = 10
+    """Steps of an epoch that may be skipped because their loss or gradients are not finite."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_skips >= 0, "step.max_skips", self.max_skips, "0 or more")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, complete."""
 
@@ -323,6 +340,7 @@ class RunConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    step: StepConfig = field(default_factory=StepConfig)
 
     def __post_init__(self) -> None:
         for name in (

@@ -24,13 +24,14 @@ class EpochMeter:
         # total, terms..., images, student hits, prompt hits; fp64 keeps counts exact
         self.sums = torch.zeros(len(term_names) + 4, dtype=torch.float64, device=device)
 
-    def add(self, output: StepOutput, num_images: int) -> None:
-        """Count one step of `num_images` images."""
+    def add(self, output: StepOutput, num_images: int, counts: Tensor | None = None) -> None:
+        """Count one step of `num_images` images, unless `counts` (0-d bool) is false."""
         losses = [output.total.detach(), *(output.terms[name] for name in self.term_names)]
         prompt = output.prompt_correct
         hits = [output.student_correct, output.student_correct * 0 if prompt is None else prompt]
         row = torch.stack([x.double() for x in losses]) * num_images
-        self.sums += torch.cat([row, row.new_full((1,), num_images), torch.stack(hits).double()])
+        row = torch.cat([row, row.new_full((1,), num_images), torch.stack(hits).double()])
+        self.sums += row if counts is None else torch.where(counts, row, 0.0)
 
     def reset(self) -> None:
         """Start a new epoch."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import OptimConfig
@@ -14,8 +14,12 @@ from .methods import Method
 
 
 def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD over the method's parameter groups (each with its own learning rate)."""
-    return torch.optim.SGD(
+    """SGD over the method's parameter groups (each with its own learning rate).
+
+    Momentum starts as zeros, which gives the bits of torch's own first step, and not as absent:
+    a step that is skipped, the first one too, leaves it as it is.
+    """
+    optimizer = torch.optim.SGD(
         method.parameter_groups(config),
         lr=config.lr,
         momentum=config.momentum,
@@ -23,6 +27,11 @@ def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimize
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if config.momentum:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    return optimizer
 
 
 def lr_factor(
@@ -57,8 +66,39 @@ def build_schedule(
     )
 
 
+def learning_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> list[float]:
+    """Of each group, after the steps that the schedule has seen."""
+    return [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+
+
 def build_ema(student: nn.Module, decay: float | None) -> AveragedModel | None:
     """Exponential moving average of the student's parameters and buffers, or None."""
     if decay is None:
         return None
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    device = next(student.parameters()).device
+    average = get_ema_multi_avg_fn(decay)
+    return AveragedModel(student, device, multi_avg_fn=average, use_buffers=True)
+
+
+@torch.no_grad()
+def update_ema(ema: AveragedModel, student: nn.Module, decay: float, passes: Tensor) -> None:
+    """`ema.update_parameters(student)` if `passes` (0-d bool), without a look at the device.
+
+    The first update takes the student's values, as there (but for rounding); integer buffers
+    follow the student.
+    """
+    share = torch.where(ema.n_averaged == 0, 1.0, 1.0 - decay) * passes
+    averaged = [*ema.module.parameters(), *ema.module.buffers()]
+    current = [*student.parameters(), *student.buffers()]
+    floating = [a.is_floating_point() for a in averaged]
+    ours = [a for a, f in zip(averaged, floating, strict=True) if f]
+    step = torch._foreach_sub([c for c, f in zip(current, floating, strict=True) if f], ours)
+    torch._foreach_mul_(step, share)
+    torch._foreach_add_(ours, step)
+    for a, c, f in zip(averaged, current, floating, strict=True):
+        if not f:
+            a.copy_(torch.where(passes, c, a))
+    ema.n_averaged += passes

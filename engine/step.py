@@ -1,35 +1,116 @@
-"""One optimisation step: normalise, forward, backward, update.
+"""One optimisation step: normalise, forward, backward, update. One body, three ways to run it.
 
-The body runs eagerly; other execution modes wrap the same body.
+    eager     the body as it stands
+    compile   teacher, student and loss are compiled regions of the body, without graph breaks
+    graph     the whole body, regions compiled, is one CUDA graph; a step copies its batch and
+              replays it
+
+The body reads nothing back from the device, and every write in it passes a gate: a step whose loss
+or gradients are not finite changes no parameter, no statistic, no average and no count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..kernels import use_backend
 from .config import RunConfig
 from .data import Batch, ImageData
+from .errors import UsageError
 from .guards import Certificate, certify
 from .methods import Method, StepOutput
 from .metrics import EpochMeter, normaliser
-from .optim import build_ema, build_optimizer, build_schedule
+from .optim import build_ema, build_optimizer, build_schedule, learning_rates, update_ema
+from .spans import span
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WARMUP_STEPS = 3  # before a capture: compilation, cuDNN's search and the allocator settle in them
+
+
+def choose_mode(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    """The execution mode of a run, and why.
+
+    Raises:
+        UsageError: `graph` is asked for where a step cannot be one CUDA graph.
+    """
+    asked = config.step.mode
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = f"a CUDA graph needs a CUDA device, this is {device.type}"
+    elif config.precision == "fp16":
+        obstacle = "gradient scaling of fp16 decides on the host"
+    elif config.loss.update == "alternating":
+        obstacle = "alternating updates are two different steps"
+    if asked == "graph" and obstacle is not None:
+        raise UsageError(f"step.mode='graph': expected eager, compile or auto: {obstacle}")
+    if asked != "auto":
+        return asked, "asked for"
+    if device.type != "cuda":
+        return "eager", "on a CPU compilation takes longer than it saves in most runs"
+    if obstacle is not None:
+        return "compile", obstacle
+    return "graph", "one CUDA device"
+
+
+class Gate:
+    """Lets the writes of a step pass only if its loss and its gradients are finite.
+
+    Args:
+        buffers: What the forward pass writes before anybody knows: BatchNorm statistics.
+        device: Where all of it lies; nothing is read back.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor], device: torch.device) -> None:
+        self.is_open = torch.ones((), dtype=torch.bool, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in buffers:
+            self.groups.setdefault(buffer.dtype, []).append(buffer)
+
+    def remember(self) -> list[Tensor]:
+        """The buffers as they are: one flat copy for each dtype."""
+        return [torch.cat([b.reshape(-1) for b in group]) for group in self.groups.values()]
+
+    def judge(self, total: Tensor, norm: Tensor, scaled: bool) -> Tensor:
+        """Whether the step may write, 0-d bool; counts it as skipped if not.
+
+        Args:
+            total: The loss, 0-d.
+            norm: Norm of all gradients, 0-d.
+            scaled: Gradients come from a scaled fp16 loss: that they overflow now and then is how
+                the scale is found, and only a loss that is not finite counts.
+        """
+        finite = total.isfinite()
+        passes = finite & norm.isfinite()
+        self.skipped += self.is_open & ~(finite if scaled else passes)
+        return passes & self.is_open
+
+    def settle(self, passes: Tensor, before: Sequence[Tensor]) -> None:
+        """Take the buffers back to `before` where the step does not pass."""
+        for group, old in zip(self.groups.values(), before, strict=True):
+            now = torch.cat([b.reshape(-1) for b in group])
+            kept = torch.where(passes, now, old).split([b.numel() for b in group])
+            torch._foreach_copy_([b.view(-1) for b in group], list(kept))
 
 
 class TrainStep:
     """Everything that a step reads and writes.
 
     Args:
-        method: Student, teacher and losses.
+        method: Student, teacher and losses, on the device.
         config: The run.
         data: For mean and standard deviation.
         total_steps: Length of the schedule.
         steps_per_epoch: For warm-ups, which are given in epochs.
         device: Where the method lives.
+
+    Raises:
+        UsageError: The execution mode that was asked for does not apply.
     """
 
     def __init__(
@@ -43,6 +124,7 @@ class TrainStep:
         device: torch.device,
     ) -> None:
         self.method, self.config, self.device = method, config, device
+        self.mode, self.mode_reason = choose_mode(config, device)
         self.optimizer = build_optimizer(method, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps, steps_per_epoch)
         self.ema = build_ema(method.student, config.optim.ema_decay)
@@ -52,6 +134,11 @@ class TrainStep:
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.gate = Gate(method.trained_buffers(), device)
+        self.distillation: float | Tensor = 1.0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if self.mode != "eager":
+            self._compile()
 
     @property
     def precision(self) -> str:
@@ -62,9 +149,17 @@ class TrainStep:
 
     def autocast(self) -> AbstractContextManager:
         """Casts convolutions and matrix products to the compute precision."""
+        # A graph that is captured must not hold casts that were cached outside of it.
         return torch.autocast(
-            self.device.type, DTYPES.get(self.precision), enabled=self.precision in DTYPES
+            self.device.type,
+            DTYPES.get(self.precision),
+            enabled=self.precision in DTYPES,
+            cache_enabled=self.mode != "graph",
         )
+
+    def plainly(self) -> AbstractContextManager:
+        """Runs compiled regions as they were written: for evaluation, whose shapes differ."""
+        return nullcontext() if self.mode == "eager" else torch.compiler.set_stance("force_eager")
 
     def loss_backend(self) -> AbstractContextManager:
         """The reference where the certificate has failed, else whatever serves."""
@@ -72,32 +167,62 @@ class TrainStep:
 
     def certify(self, batch: Batch) -> Certificate | None:
         """Check the fused loss on a batch; nothing of the run's state moves."""
-        with self.autocast():
+        with self.autocast(), self.plainly():
             certificate = certify(self.method, self.normalise(batch), batch.labels)
         self.reference_only = certificate is not None and not certificate.holds
         return certificate
 
     def __call__(self, batch: Batch, step: int) -> None:
         """Do step number `step` (from 0) on `batch`."""
-        images = self.normalise(batch)
-        distillation = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        self._set_distillation(step)
+        if self.mode == "graph":
+            self._replay(batch)
+        else:
+            self.body(batch, step)
+        self.schedule.step()
+
+    def body(self, batch: Batch, step: int) -> None:
+        """All of a step that runs on the device."""
+        with span("normalise"):
+            images = self.normalise(batch)
         self.optimizer.zero_grad(set_to_none=True)
+        before = self.gate.remember()
+        outputs: list[tuple[StepOutput, int]] = []
         parts = self.config.accumulate
         for part, labels in zip(images.chunk(parts), batch.labels.chunk(parts), strict=True):
-            with self.autocast(), self.loss_backend():
-                output: StepOutput = self.method(part, labels, distillation)
-            self.scaler.scale(output.total * (len(labels) / len(batch.labels))).backward()
-            self.meter.add(output, len(labels))
+            with span("forward"), self.autocast(), self.loss_backend():
+                output = self.method(part, labels, self.distillation)
+            with span("backward"):
+                share = len(labels) / len(batch.labels)
+                self.scaler.scale(output.total * share).backward()
+            outputs.append((output, len(labels)))
+        with span("optimizer"):
+            passes = self._update(outputs, step)
+        with span("gate"):
+            self.gate.settle(passes, before)
+        if self.ema is not None:
+            with span("EMA"):
+                update_ema(self.ema, self.method.student, self.config.optim.ema_decay, passes)
+        with span("metrics"):
+            for output, count in outputs:
+                self.meter.add(output, count, passes)
+
+    def _update(self, outputs: list[tuple[StepOutput, int]], step: int) -> Tensor:
+        """Move the parameters, if the step passes; returns whether it does, 0-d bool."""
         if self.config.loss.update == "alternating":
             self._rest(step)
+        self.scaler.unscale_(self.optimizer)
+        moving = [p for p in self.params if p.grad is not None]
+        norm = get_total_norm([p.grad for p in moving])
+        total = torch.stack([output.total.detach() for output, _ in outputs]).sum()
+        passes = self.gate.judge(total, norm, self.scaler.is_enabled())
         if self.config.optim.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.params, self.config.optim.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+            clip_grads_with_norm_(moving, self.config.optim.clip_grad_norm, norm)
+        # What torch's own gradient scaling sets: a fused optimiser then leaves everything alone.
+        self.optimizer.found_inf = (~passes).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.scaler.update()
-        self.schedule.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.method.student)
+        return passes
 
     def _rest(self, step: int) -> None:
         """Alternating update: on even steps only the student moves, on odd steps all the others.
@@ -109,3 +234,62 @@ class TrainStep:
             if (group["name"] == "student") != (step % 2 == 0):
                 for param in group["params"]:
                     param.grad = None
+
+    def _set_distillation(self, step: int) -> None:
+        """The warm-up factor of this step."""
+        if not self.warmup_steps:
+            return
+        factor = min(1.0, step / self.warmup_steps)
+        if self.mode == "eager":
+            self.distillation = factor
+        else:  # a number would be compiled, or captured, as a constant
+            if not isinstance(self.distillation, Tensor):
+                self.distillation = torch.ones((), device=self.device)
+            self.distillation.fill_(factor)
+
+    def restore(self, steps: int) -> None:
+        """Set schedule and learning rates to where they stand after `steps` steps."""
+        self.schedule.last_epoch = steps
+        rates = learning_rates(self.schedule)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    # Compiled and captured -----------------------------------------------------------------------
+
+    def _compile(self) -> None:
+        # Inductor of torch 2.13 and 2.14 forgets channels_last in backward graphs otherwise.
+        options = {"force_layout_optimization": True} if self.device.type == "cuda" else None
+        for region in self.method.regions():
+            region.compile(fullgraph=True, dynamic=False, options=options)
+        self.method.losses = torch.compile(  # type: ignore[method-assign]
+            self.method.losses, fullgraph=True, dynamic=False, options=options
+        )
+
+    def _replay(self, batch: Batch) -> None:
+        if self.graph is None:
+            self._capture(batch)
+        assert self.graph is not None
+        self.inputs.copy_(batch)
+        self.graph.replay()
+
+    def _capture(self, batch: Batch) -> None:
+        """Make the graph, on inputs of its own; the gate is shut, so that nothing moves."""
+        self.inputs = batch.clone()
+        for group in self.optimizer.param_groups:  # read anew by every replay
+            group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+        random = torch.cuda.get_rng_state(self.device)
+        self.gate.is_open.fill_(False)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_STEPS):
+                self.body(self.inputs, 0)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.body(self.inputs, 0)
+        self.gate.is_open.fill_(True)
+        torch.cuda.set_rng_state(random, self.device)

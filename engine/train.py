@@ -42,6 +42,7 @@ from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
+from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .records import RUN_FORMAT
 from .step import TrainStep
@@ -52,7 +53,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume",
     "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
     "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
-    "teacher.global_batch",
+    "teacher.global_batch", "step.mode", "step.joint_paths", "step.max_skips",
 }  # fmt: skip
 
 
@@ -208,12 +209,12 @@ class Trainer:
             f"{len(self.data.train):,} training, {len(self.data.test):,} test images · "
             f"{config.student} {cost['student_params'] / 1e6:.3f} M parameters, "
             f"{cost['student_macs'] / 1e6:.1f} M MACs · {record['hardware']['device']}, "
-            f"{self.step.precision}"
+            f"{self.step.precision}, steps by {self.step.mode} ({self.step.mode_reason})"
         )
         if self.progress.step:
             log.say(f"resumed from step {self.progress.step} of {self.end_step}")
             log.event("resumed", f"from step {self.progress.step}", self.progress.step)
-        with self.step.autocast():
+        with self.step.autocast(), self.step.plainly():
             teacher = self.evaluator.teacher()
         if teacher is None:
             return
@@ -256,7 +257,7 @@ class Trainer:
                 if progress.step >= self.end_step:
                     return
                 self.steps_of_epoch(line)
-                self.check_finite(meter.read(self.config.has_prompt_path))
+                self.check_skips()
                 self.stop_if_asked()
 
     def steps_of_epoch(self, line: ProgressLine) -> None:
@@ -304,7 +305,7 @@ class Trainer:
         epoch, at_end = progress.step / self.per_epoch, progress.step >= self.end_step
         is_best = False
         if at_end or round(epoch) % config.eval_every == 0:
-            with self.step.autocast():
+            with self.step.autocast(), self.step.plainly():
                 test = self.evaluator(self.step.ema)
             is_best = self.note(epoch, test)
             row = {
@@ -319,6 +320,7 @@ class Trainer:
             self.log.say(self.summary(epoch, row))
             self.check_saturation(epoch)
         self.step.meter.reset()
+        self.step.gate.skipped.zero_()
         if at_end or is_best or round(epoch) % config.checkpoint_every == 0:
             self.save(is_best)
         self.status("running")
@@ -359,14 +361,22 @@ class Trainer:
             warning = saturation_warning(early, self.config.epochs)
             self.log.warn("saturation", warning, self.progress.step)
 
-    def check_finite(self, means: dict[str, float]) -> None:
-        """Stop before a checkpoint would hold numbers that are none."""
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
+    def check_skips(self) -> None:
+        """Say how many steps of the epoch were skipped; stop where nothing else happened."""
+        skipped, counted = int(self.step.gate.skipped.item()), self.step.meter.num_images()
+        if not skipped:
+            return
+        message = (
+            f"{skipped} steps of this epoch skipped by step {self.progress.step}: loss or "
+            "gradients not finite"
+        )
+        if skipped > self.config.step.max_skips or not counted:
             raise NumericError(
-                f"{', '.join(bad)} not finite by step {self.progress.step}: expected finite losses "
-                f"(a lower --optim.lr, or --optim.clip-grad-norm); the last checkpoint is intact"
+                f"{message}; expected at most --step.max-skips {self.config.step.max_skips} and "
+                "one that is not (a lower --optim.lr, or --optim.clip-grad-norm); the last "
+                "checkpoint is intact"
             )
+        self.log.warn("skipped", message, self.progress.step)
 
     def stop_if_asked(self) -> None:
         if self.stop:
@@ -374,7 +384,7 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Of the student, in the step just done."""
-        return self.step.schedule.get_last_lr()[0]
+        return learning_rates(self.step.schedule)[0]
 
     def columns(self) -> list[str]:
         """Columns of metrics.csv for this method."""
@@ -424,6 +434,7 @@ class Trainer:
             **self.method.trained_state(),
             **optimizer_tensors(step.optimizer),
             "meter": step.meter.sums,
+            "skipped": step.gate.skipped,
             "rng.cpu": torch.get_rng_state(),
         }
         if step.ema is not None:
@@ -433,8 +444,6 @@ class Trainer:
         state = {
             "step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
-            "schedule": {k: v for k, v in step.schedule.state_dict().items() if k != "lr_lambdas"},
-            "group_lr": [group["lr"] for group in step.optimizer.param_groups],
             "scaler": step.scaler.state_dict(),
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,
@@ -474,17 +483,14 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise DataError(f"{checkpoint.path}: another model's checkpoint: {reason}") from error
         restore_optimizer(step.optimizer, tensors)
-        for group, lr in zip(step.optimizer.param_groups, state["group_lr"], strict=True):
-            group["lr"] = lr
-        step.schedule.load_state_dict(
-            {**state["schedule"], "lr_lambdas": [None] * len(state["group_lr"])}
-        )
+        step.restore(state["step"])
         step.scaler.load_state_dict(state["scaler"])
         if step.ema is not None:
             step.ema.load_state_dict(
                 {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
             )
         step.meter.sums.copy_(tensors["meter"])
+        step.gate.skipped.copy_(tensors["skipped"])
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)

@@ -49,7 +49,7 @@ def distillation_loss_reference(
     target: Tensor,
     tau: float,
     ce_weight: float,
-    kd_weight: float,
+    kd_weight: float | Tensor,
     label_smoothing: float,
     ignore_index: int,
     reverse_kl: bool,
@@ -63,7 +63,7 @@ def distillation_loss_reference(
     ce_B = cross_entropy_rows(s_BC, target, label_smoothing, ignore_index)
     terms = [mean_over(ce_B, keep_B), mean_over(tau**2 * kl_rows(q_BC, p_BC), keep_B)]
     return DistillationLoss(
-        weighted_sum(terms, (ce_weight, kd_weight), s_BC),
+        weighted_sum(terms, _weights(ce_weight, kd_weight), s_BC),
         torch.stack(terms).detach(),
         correct_count(s_BC, target, keep_B),
     )
@@ -76,7 +76,7 @@ def distillation_loss(
     *,
     tau: float = 4.0,
     ce_weight: float = 0.1,
-    kd_weight: float = 0.9,
+    kd_weight: float | Tensor = 0.9,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reverse_kl: bool = False,
@@ -90,7 +90,8 @@ def distillation_loss(
         target: Labels, int64 [B], or class probabilities [B, C]; a hit then compares argmax.
         tau: Temperature of the KL term, above 0.
         ce_weight: Weight of the cross-entropy.
-        kd_weight: Weight of tau^2 KL.
+        kd_weight: Weight of tau^2 KL: a number, or a 0-d tensor on the device, which a captured
+            graph reads anew in every replay.
         label_smoothing: In [0, 1), for the cross-entropy.
         ignore_index: Rows with this label give no gradient and leave every mean and count.
         reverse_kl: KL(student || teacher) instead of KL(teacher || student).
@@ -111,9 +112,14 @@ def distillation_loss(
         return distillation_loss_reference(
             student, teacher, target, tau, ce_weight, kd_weight, *options
         )
-    weights = fused_weights((ce_weight, kd_weight), student.device)
+    weights = fused_weights(_weights(ce_weight, kd_weight), student.device)
     inputs = (student, teacher, target, weights, tau, *options)
     return DistillationLoss(*_fused_distillation_loss(backend, is_root, *inputs))
+
+
+def _weights(ce: float, kd: float | Tensor) -> tuple[float, ...] | Tensor:
+    """Both weights; [2] on the device if one lies there."""
+    return torch.stack([kd.new_full((), ce), kd]) if isinstance(kd, Tensor) else (ce, kd)
 
 
 _fused_distillation_loss = FusedLoss("distillation_loss", ("student",), "teacher", num_terms=2)

@@ -39,6 +39,19 @@ class Batch:
         """The batch in page-locked memory (called by torch's DataLoader)."""
         return self._map(Tensor.pin_memory)
 
+    def clone(self) -> Batch:
+        """A copy in memory of its own."""
+        return self._map(Tensor.clone)
+
+    def copy_(self, other: Batch) -> None:
+        """Overwrite every tensor with that of `other`, of the same shapes."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "crop" and mine is not None:
+                mine, theirs = mine[1], theirs[1]
+            if mine is not None:
+                mine.copy_(theirs, non_blocking=True)
+
     def _map(self, function: Any) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.crop is not None:

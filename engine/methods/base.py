@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..config import LossConfig, OptimConfig
 
+Factor = float | Tensor
+
 
 @dataclass
 class StepOutput:
@@ -29,29 +31,30 @@ class Method(nn.Module):
     """A student, what teaches it, and their losses.
 
     A method is called with normalised images [B, 3, H, W], labels int64 [B] and `distillation`,
-    the factor in [0, 1] by which the warm-up scales every term that is no label cross-entropy.
+    the factor in [0, 1] by which the warm-up scales every term that is no label cross-entropy: a
+    number, or a 0-d tensor on the device where compiled code or a CUDA graph must not depend on it.
     """
 
     term_names: tuple[str, ...] = ()
     operation: str | None = None
-    """The fused loss that the method calls, if one; it then has `all_logits` and `losses`."""
+    """The fused loss that the method calls, if one."""
 
     def __init__(self, student: nn.Module, loss: LossConfig) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
 
-    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
+    def forward(self, images: Tensor, target: Tensor, distillation: Factor = 1.0) -> StepOutput:
         """One forward pass of every network and all loss terms."""
-        raise TypeError(f"{type(self).__name__} defines no forward")
+        return self.losses(*self.all_logits(images), target, distillation)
 
     def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits [B, C] of every network, in the order that `losses` takes them."""
-        raise TypeError(f"{type(self).__name__} has no fused loss")
+        raise NotImplementedError
 
     def losses(self, *logits_target_distillation: Any) -> StepOutput:
         """All loss terms from logits, labels and the warm-up factor."""
-        raise TypeError(f"{type(self).__name__} has no fused loss")
+        raise NotImplementedError
 
     def prompt_logits(self, images: Tensor) -> Tensor | None:
         """Logits [B, C] of the prompt path; None for a method that has none."""
@@ -64,6 +67,14 @@ class Method(nn.Module):
     def parameter_groups(self, optim: OptimConfig) -> list[dict]:
         """Optimiser groups; each has a `name` and its own learning rate."""
         return [{"name": "student", "params": list(self.student.parameters()), "lr": optim.lr}]
+
+    def regions(self) -> list[nn.Module]:
+        """Modules that a step calls as a whole: what compiled code is made of."""
+        return [self.student]
+
+    def trained_buffers(self) -> list[Tensor]:
+        """Buffers that a forward pass in training mode moves: statistics of BatchNorms."""
+        return list(self.student.buffers())
 
     def trained_state(self) -> dict[str, Tensor]:
         """Everything that training changes, by name; the frozen teacher is not part of it."""
@@ -86,6 +97,12 @@ class FrozenTeacherMethod(Method):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def regions(self) -> list[nn.Module]:
+        return [self.student, self.teacher]
+
+    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.student(images), self.teacher_logits(images)
 
     def teacher_logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():

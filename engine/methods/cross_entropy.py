@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.dual_path_loss import upcast
-from .base import Method, StepOutput
+from .base import Factor, Method, StepOutput
 
 
 class CrossEntropy(Method):
@@ -17,7 +17,10 @@ class CrossEntropy(Method):
 
     term_names = ("ce",)
 
-    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
-        logits = upcast(self.student(images))
+    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.student(images),)
+
+    def losses(self, student: Tensor, target: Tensor, distillation: Factor) -> StepOutput:  # type: ignore[override]
+        logits = upcast(student)
         ce = F.cross_entropy(logits, target, label_smoothing=self.loss.label_smoothing)
         return StepOutput(ce, {"ce": ce.detach()}, (logits.argmax(dim=1) == target).sum())

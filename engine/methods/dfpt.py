@@ -8,6 +8,7 @@ One forward per network, one backward of L_S + L_P: the detaches keep the two gr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -17,7 +18,7 @@ from ...kernels import DualPathWeights, dual_path_loss
 from ...kernels.dual_path_loss import upcast
 from ..config import LossConfig, OptimConfig
 from ..models.dual_path import DualPathTeacher
-from .base import FrozenTeacherMethod, Method, StepOutput, below
+from .base import Factor, FrozenTeacherMethod, Method, StepOutput, below
 
 TERMS = (
     "student_ce",
@@ -29,8 +30,15 @@ TERMS = (
 )
 
 
-def path_weights(loss: LossConfig, distillation: float) -> DualPathWeights:
-    """The six weights, KL terms scaled by the warm-up factor `distillation`."""
+def path_weights(loss: LossConfig, distillation: Factor) -> DualPathWeights | Tensor:
+    """The six weights, KL terms scaled by the warm-up factor `distillation`; [6] for a tensor."""
+    if isinstance(distillation, Tensor):
+        whole, labels = path_weights(loss, 1.0).numbers(), path_weights(loss, 0.0).numbers()  # type: ignore[union-attr]
+        weights = [
+            distillation.new_full((), fixed) + (weight - fixed) * distillation
+            for weight, fixed in zip(whole, labels, strict=True)
+        ]
+        return torch.stack(weights)
     return DualPathWeights(
         student_ce=loss.student_ce,
         student_teacher=loss.student_teacher * distillation,
@@ -51,20 +59,23 @@ class DualPathDistillation(Method):
         super().__init__(student, loss)
         self.teacher = teacher
 
-    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
-        return self.losses(*self.all_logits(images), target, distillation)
+    def regions(self) -> list[nn.Module]:
+        return [self.student, self.teacher]
+
+    def trained_buffers(self) -> list[Tensor]:
+        return [*super().trained_buffers(), *self.teacher.trained_buffers()]
 
     def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         teacher_logits, prompt_logits = self.teacher(images)
         return self.student(images), prompt_logits, teacher_logits
 
-    def losses(
+    def losses(  # type: ignore[override]
         self,
         student: Tensor,
         prompt: Tensor,
         teacher: Tensor,
         target: Tensor,
-        distillation: float,
+        distillation: Factor,
     ) -> StepOutput:
         result = dual_path_loss(
             student,
@@ -121,20 +132,22 @@ class MixtureControl(FrozenTeacherMethod):
 
     term_names = TERMS[:3]
 
-    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
+    def losses(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, target: Tensor, distillation: Factor
+    ) -> StepOutput:
         # In fp32 under autocast too: bf16 would round the mixture's log-probabilities.
-        student, teacher = upcast(self.student(images)), upcast(self.teacher_logits(images))
+        student, teacher = upcast(student), upcast(teacher)
         mixture = self.mixture_logits(student.detach(), teacher, target)
-        weights = path_weights(self.loss, distillation)
+        student_only = dataclasses.replace(
+            self.loss, mixture_control=False, prompt_ce=0.0, prompt_teacher=0.0, prompt_student=0.0
+        )
         result = dual_path_loss(
             student,
             mixture,
             teacher,
             target,
             tau=self.loss.tau,
-            weights=DualPathWeights(
-                weights.student_ce, weights.student_teacher, weights.student_prompt, 0.0, 0.0, 0.0
-            ),
+            weights=path_weights(student_only, distillation),
             label_smoothing=self.loss.label_smoothing,
             reverse_kl=self.loss.reverse_kl,
         )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.dual_path_loss import upcast
-from .base import FrozenTeacherMethod, StepOutput
+from .base import Factor, FrozenTeacherMethod, StepOutput
 
 
 def pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -26,9 +26,11 @@ class StrongTeacherDistillation(FrozenTeacherMethod):
 
     term_names = ("ce", "inter", "intra")
 
-    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
+    def losses(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, target: Tensor, distillation: Factor
+    ) -> StepOutput:
         loss = self.loss
-        student, teacher = upcast(self.student(images)), upcast(self.teacher_logits(images))
+        student, teacher = upcast(student), upcast(teacher)
         ce = F.cross_entropy(student, target, label_smoothing=loss.label_smoothing)
         p_S, p_T = (student / loss.tau).softmax(dim=1), (teacher / loss.tau).softmax(dim=1)
         inter = loss.tau**2 * (1 - pearson(p_S, p_T, dim=1).mean())

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.dual_path_loss import kl_rows, upcast
-from .base import FrozenTeacherMethod, StepOutput
+from .base import Factor, FrozenTeacherMethod, StepOutput
 
 
 class DecoupledKL(NamedTuple):
@@ -61,9 +61,11 @@ class DecoupledDistillation(FrozenTeacherMethod):
 
     term_names = ("ce", "target", "nontarget")
 
-    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
+    def losses(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, target: Tensor, distillation: Factor
+    ) -> StepOutput:
         loss = self.loss
-        student, teacher = upcast(self.student(images)), self.teacher_logits(images)
+        student = upcast(student)
         ce = F.cross_entropy(student, target, label_smoothing=loss.label_smoothing)
         parts = decoupled_kl(teacher, student, target, loss.tau)
         target_part = loss.tau**2 * parts.target.mean()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...kernels import distillation_loss
-from .base import FrozenTeacherMethod, StepOutput
+from .base import Factor, FrozenTeacherMethod, StepOutput
 
 
 class KnowledgeDistillation(FrozenTeacherMethod):
@@ -17,14 +17,8 @@ class KnowledgeDistillation(FrozenTeacherMethod):
     term_names = ("ce", "kl")
     operation = "distillation_loss"
 
-    def forward(self, images: Tensor, target: Tensor, distillation: float = 1.0) -> StepOutput:
-        return self.losses(*self.all_logits(images), target, distillation)
-
-    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.student(images), self.teacher_logits(images)
-
-    def losses(
-        self, student: Tensor, teacher: Tensor, target: Tensor, distillation: float
+    def losses(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, target: Tensor, distillation: Factor
     ) -> StepOutput:
         loss = self.loss
         result = distillation_loss(

@@ -156,6 +156,11 @@ class DualPathTeacher(nn.Module):
         """phi: prompt blocks, fusion blocks and the new head."""
         return [*self.pairs.parameters(), *self.head.parameters()]
 
+    def trained_buffers(self) -> list[Tensor]:
+        """Buffers that a forward pass may move: those of everything but the original path."""
+        moving = (self.pairs, self.head, self.copied)
+        return [b for module in moving if module is not None for b in module.buffers()]
+
     def trained_state(self) -> dict[str, Tensor]:
         """state_dict of what training changes: everything but the frozen teacher."""
         copied = [] if self.copied is None or self.finetune_backbone else self.copied.parameters()

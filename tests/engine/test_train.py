@@ -152,7 +152,6 @@ def assert_same_end(a: Path, b: Path, step: int) -> None:
     assert tensors_a.keys() == tensors_b.keys()
     for name, tensor in tensors_a.items():
         assert torch.equal(tensor, tensors_b[name]), name
-    assert state_a["schedule"] == state_b["schedule"]
     timed = {"seconds", "speeds"}
     for key in state_a["progress"].keys() - timed:
         assert state_a["progress"][key] == state_b["progress"][key], key
@@ -309,7 +308,7 @@ def test_M45_M46_warnings_reach_the_record(root, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_intact(root, tmp_path):
     config = make_config(root, "ce", out=str(tmp_path / "a"), optim=OptimConfig(lr=1e30))
-    with pytest.raises(NumericError, match="loss/total"):
+    with pytest.raises(NumericError, match="not finite"):
         run(config)
     assert json.loads((tmp_path / "a/status.json").read_text())["state"] == "failed"
 
