@@ -31,7 +31,7 @@ VERBS = {
     "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
     "report": "table and one-file HTML report: dfptkd report RUN... [--out FILE]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
-    "bench": "measurements side by side: dfptkd bench kernels|overhead [--rounds N] [options]",
+    "bench": "measurements side by side: dfptkd bench kernels|step|overhead [--rounds N] [options]",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
 
@@ -388,7 +388,7 @@ def _export(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    parts = ("kernels", "overhead")
+    parts = ("kernels", "step", "overhead")
     if not args or args[0] not in parts:
         raise UsageError(f"bench: expected what to measure, one of: {' '.join(parts)}")
     package = __package__.rpartition(".")[0]

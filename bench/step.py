@@ -1,0 +1,385 @@
+"""`dfptkd bench step`: whole training steps, against the loop that an experienced user would write.
+
+    plain              both teacher paths run in full, eager PyTorch's own operations and losses,
+                       channels_last, autocast bf16 on a GPU and fp32 on a CPU, autograd's defaults,
+                       fused SGD
+    plain[compile]     the same, its networks and its losses under torch.compile
+    ours[MODE]         a run's own step, one row for each execution mode
+
+Vanilla KD is timed by our step alone, for the ratio of the costs.
+
+All in one process, interleaved, on the same random images; every side's first loss is checked
+against plain's before anything is timed. Neither data nor weights are needed.
+
+    dfptkd bench step [--pairs "cifar:resnet32x4>cifar:resnet8x4"] [--methods kd,dfpt,dfpt_plus]
+                      [--providers plain,ours[eager]] [--batch 64] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..engine.config import DataConfig, LossConfig, OptimConfig, PromptConfig, RunConfig, StepConfig
+from ..engine.data import Batch, load_data, train_batches
+from ..engine.errors import UsageError
+from ..engine.methods import build_method
+from ..engine.metrics import Normalise, normaliser
+from ..engine.models import PromptFusion, create_model, split_stages
+from ..engine.models.cost import count_macs, teacher_cost, training_macs
+from ..engine.step import TrainStep
+from ..engine.train import pick_device
+from ..kernels import use_backend
+from .measure import (
+    Row,
+    append_rows,
+    bench_parser,
+    make_row,
+    peak_bytes,
+    positive,
+    time_interleaved,
+)
+
+PAIR = "cifar:wrn_40_2>cifar:ShuffleV1"
+METHODS = ("kd", "dfpt", "dfpt_plus")
+PROVIDERS = ("plain", "plain[compile]", "ours[eager]", "ours[compile]", "ours[graph]")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sides of one comparison share."""
+
+    teacher: str
+    student: str
+    method: str
+    batch: int
+    image_size: int
+    classes: int
+    prompt: PromptConfig
+    device: torch.device
+
+    @property
+    def label(self) -> str:
+        """Method and pair, as the rows have it."""
+        return f"step:{self.method}:{self.teacher}>{self.student}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, 3, H, W]."""
+        return self.batch, 3, self.image_size, self.image_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: that of a run with precision "auto"."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def config(self, mode: str) -> RunConfig:
+        """A run of this setting."""
+        return RunConfig(
+            method=self.method,  # type: ignore[arg-type]
+            student=self.student,
+            global_batch=self.batch,
+            device=self.device.type,
+            data=DataConfig(name="synthetic", num_classes=self.classes, image_size=self.image_size),
+            prompt=self.prompt,
+            optim=OptimConfig(lr=1e-3),
+            step=StepConfig(mode=mode),  # type: ignore[arg-type]
+        )
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher, the same weights for every side."""
+        torch.manual_seed(0)
+        student, teacher = (
+            create_model(name, num_classes=self.classes) for name in (self.student, self.teacher)
+        )
+        return student, teacher
+
+
+class PlainDualPath(nn.Module):
+    """Both teacher paths as the paper's figure draws them, nothing shared."""
+
+    def __init__(self, teacher: nn.Module, prompt: PromptConfig, finetune: bool) -> None:
+        super().__init__()
+        self.teacher = teacher.eval().requires_grad_(False)
+        path = copy.deepcopy(teacher)
+        split = split_stages(path)
+        self.stages, self.neck = nn.ModuleList(split.stages), split.neck
+        self.head = copy.deepcopy(split.head).requires_grad_(True)
+        for module in self.head.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.pairs = nn.ModuleList(
+            PromptFusion(channels, prompt, post_relu=post_relu)
+            for channels, post_relu in zip(split.channels, split.post_relu, strict=True)
+        )
+        self.stages.train(finetune).requires_grad_(finetune)
+        self.neck.train(finetune).requires_grad_(finetune)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # [B, 3, H, W] -> teacher, prompt
+        with torch.no_grad():
+            teacher = self.teacher(images)
+        x = images
+        for stage, pair in zip(self.stages, self.pairs, strict=True):
+            x = pair(stage(x))
+        return teacher, self.head(self.neck(x))
+
+
+def plain_losses(student: Tensor, prompt: Tensor | None, teacher: Tensor, y: Tensor) -> Tensor:
+    """The objective in PyTorch's own functions; without a prompt path vanilla KD."""
+    loss = LossConfig()
+
+    def kl(learner: Tensor, supervisor: Tensor) -> Tensor:
+        q = F.softmax(supervisor.detach().float() / loss.tau, dim=1)
+        p = F.log_softmax(learner.float() / loss.tau, dim=1)
+        return loss.tau**2 * F.kl_div(p, q, reduction="batchmean")
+
+    if prompt is None:
+        return loss.kd_ce * F.cross_entropy(student, y) + loss.kd_kl * kl(student, teacher)
+    total = F.cross_entropy(student, y) + kl(student, teacher) + kl(student, prompt)
+    return total + F.cross_entropy(prompt, y) + kl(prompt, teacher) + kl(prompt, student)
+
+
+class PlainStep:
+    """The loop body of a user who knows PyTorch."""
+
+    def __init__(self, setting: Setting, *, compiled: bool) -> None:
+        self.device = setting.device
+        student, teacher = setting.networks()
+        self.student = student.train()
+        self.dual: nn.Module
+        if setting.method == "kd":
+            self.dual = teacher.eval().requires_grad_(False)
+        else:
+            self.dual = PlainDualPath(teacher, setting.prompt, setting.method == "dfpt_plus")
+        for module in (self.student, self.dual):
+            module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.losses: Callable[..., Tensor] = plain_losses
+        if compiled:
+            options = {"force_layout_optimization": True} if self.device.type == "cuda" else None
+            self.student.compile(dynamic=False, options=options)
+            self.dual.compile(dynamic=False, options=options)
+            self.losses = torch.compile(plain_losses, dynamic=False, options=options)
+        params = [*self.student.parameters(), *self.dual.parameters()]
+        self.optimizer = torch.optim.SGD(
+            [p for p in params if p.requires_grad],
+            lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True,
+        )  # fmt: skip
+        self.dtype = setting.dtype
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step on normalised images; the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        is_cuda = self.device.type == "cuda"
+        with (
+            use_backend("reference"),
+            torch.autocast(self.device.type, self.dtype, enabled=is_cuda),
+        ):
+            if isinstance(self.dual, PlainDualPath):
+                teacher, prompt = self.dual(images)
+            else:
+                prompt = None
+                with torch.no_grad():
+                    teacher = self.dual(images)
+            total = self.losses(self.student(images), prompt, teacher, labels)
+        total.backward()
+        self.optimizer.step()
+        return total.detach()
+
+
+def our_step(setting: Setting, mode: str) -> TrainStep:
+    """A run's own step."""
+    config = setting.config(mode)
+    data = load_data(config.data, setting.device)
+    student, teacher = setting.networks()
+    method = build_method(config, student, teacher)
+    method.to(setting.device, memory_format=torch.channels_last).train()  # type: ignore
+    return TrainStep(
+        method, config, data, total_steps=1000, steps_per_epoch=100, device=setting.device
+    )
+
+
+def make_sides(setting: Setting, providers: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """Every provider's step, warm and on the same batch.
+
+    Raises:
+        RuntimeError: A provider's first loss is not that of the others.
+    """
+    data = load_data(setting.config("eager").data, setting.device)
+    batch = next(train_batches(data.train, batch_size=setting.batch, seed=0, epoch=0))
+    normalise = normaliser(data)
+    calls: dict[str, Callable[[], object]] = {}
+    losses: dict[str, float] = {}
+    for name in providers:
+        if name.startswith("plain"):
+            plain = PlainStep(setting, compiled=name == "plain[compile]")
+            losses[name] = plain(normalise(batch), batch.labels).item()
+            calls[name] = functools.partial(_plain_call, plain, normalise, batch)
+        else:
+            ours = our_step(setting, name.removeprefix("ours[").removesuffix("]"))
+            ours(batch, 0)
+            losses[name] = ours.meter.read(False)["loss/total"]
+            calls[name] = functools.partial(ours, batch, 1)
+    tolerance = 1e-4 if setting.dtype == torch.float32 else 3e-2
+    spread = (max(losses.values()) - min(losses.values())) / max(losses.values())
+    if not spread <= tolerance:
+        raise RuntimeError(f"{setting.label}: the first losses differ: {losses}")
+    return calls
+
+
+def _plain_call(step: PlainStep, normalise: Normalise, batch: Batch) -> None:
+    step(normalise(batch), batch.labels)
+
+
+def measure(settings: Sequence[Setting], providers: Sequence[str], *, rounds: int) -> list[Row]:
+    """All methods of one pair, interleaved; vanilla KD by our own steps alone."""
+    calls = {}
+    for setting in settings:
+        wanted = [p for p in providers if setting.method != "kd" or p.startswith("ours")]
+        for name, call in make_sides(setting, wanted).items():
+            calls[setting, name] = call
+    device = settings[0].device
+    labels = {f"{setting.label} {name}": key for key in calls for setting, name in [key]}
+    timings = time_interleaved(
+        {label: calls[key] for label, key in labels.items()}, device, rounds=rounds, warmup=1
+    )
+    rows = []
+    for label, (setting, name) in labels.items():
+        rows.append(
+            make_row(
+                timings[label],
+                device,
+                kernel=setting.label,
+                provider=name,
+                passes="step",
+                contract="hot",
+                shape=setting.shape,
+                dtype=setting.dtype,
+                bytes_moved=None,
+                copy_gb_per_s=None,
+                peak=peak_bytes(calls[setting, name], device),
+            )
+        )
+    return rows
+
+
+def print_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
+    """Images a second, each side against plain, and DFPT over KD against the ratio of the MACs."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("method", "side"):
+        table.add_column(column)
+    columns = ("images/s", "median ms", "p20..p80", "plain / it", "compile / it", "of KD", "MACs")
+    for column in columns:
+        table.add_column(column, justify="right")
+    median = {(r.kernel, r.provider): r.median_us for r in rows}
+    kd = {r.provider: r.median_us for r in rows if r.kernel.startswith("step:kd:")}
+    macs = {setting.label: step_macs(setting) for setting in settings}
+    kd_macs = next((macs[label] for label in macs if label.startswith("step:kd:")), None)
+    for r in rows:
+        setting = next(s for s in settings if s.label == r.kernel)
+
+        def over(name: str, r: Row = r) -> str:
+            other = median.get((r.kernel, name))
+            return "" if other is None else f"{other / r.median_us:.2f}x"
+
+        of_kd = f"{r.median_us / kd[r.provider]:.2f}x" if r.provider in kd else ""
+        of_macs = f"{macs[r.kernel] / kd_macs:.2f}x" if kd_macs and r.provider in kd else ""
+        table.add_row(
+            setting.method, escape(r.provider), f"{setting.batch / r.median_us * 1e6:,.0f}",
+            f"{r.median_us / 1e3:,.1f}", f"{r.p20_us / 1e3:,.0f}..{r.p80_us / 1e3:,.0f}",
+            over("plain"), over("plain[compile]"), of_kd, of_macs,
+        )  # fmt: skip
+    Console(width=None if Console().is_terminal else 120).print(table)
+    r = rows[0]
+    print(
+        f"{r.kernel.split(':', 2)[2]}, batch {settings[0].batch}, {r.device}, {r.threads} threads, "
+        f"torch {r.torch}, commit {r.commit}, n = {r.n}"
+    )
+
+
+@functools.cache
+def step_macs(setting: Setting) -> int:
+    """MACs of a step for one image, by the formulas of engine/models/cost.py."""
+    student, teacher = setting.networks()
+    cost = teacher_cost(teacher, setting.prompt, setting.shape[2:])
+    return training_macs(setting.method, count_macs(student, (1, *setting.shape[1:])), cost)
+
+
+def parse_pairs(text: str) -> list[tuple[str, str]]:
+    """Pairs of model names.
+
+    Raises:
+        UsageError: Not TEACHER>STUDENT.
+    """
+    pairs = [tuple(part.split(">")) for part in text.split(",")]
+    for pair in pairs:
+        if len(pair) != 2 or not all(pair):
+            raise UsageError(f"--pairs {'>'.join(pair)}: expected TEACHER>STUDENT")
+    return pairs  # type: ignore[return-value]
+
+
+def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Names out of `known`, with commas between.
+
+    Raises:
+        UsageError: An unknown one.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{option} {name}: expected some of {','.join(known)}")
+    return names
+
+
+def main(args: Sequence[str]) -> int:
+    """`dfptkd bench step`; returns the exit code."""
+    parser = bench_parser("step", rounds=5)
+    parser.add_argument("--pairs", default=PAIR, help="TEACHER>STUDENT, names of models")
+    parser.add_argument("--methods", default="kd,dfpt", help=",".join(METHODS))
+    parser.add_argument(
+        "--providers", help=f"{','.join(PROVIDERS)}; absent: all that the device can run"
+    )
+    parser.add_argument("--classes", type=positive, default=100)
+    parser.add_argument("--image-size", type=positive, default=32, help="side in pixels")
+    parser.add_argument("--batch", type=positive, default=64, help="images in a step")
+    parser.add_argument("--r1", type=positive, default=PromptConfig().r1)
+    parser.add_argument("--fusion-groups", type=positive, default=PromptConfig().fusion_groups)
+    options = parser.parse_args(args)
+    device = pick_device(RunConfig(device=options.device))
+    known = [p for p in PROVIDERS if device.type == "cuda" or p != "ours[graph]"]
+    providers = parse_names("--providers", options.providers or ",".join(known), known)
+    methods = parse_names("--methods", options.methods, METHODS)
+    prompt = PromptConfig(r1=options.r1, fusion_groups=options.fusion_groups)
+    for teacher, student in parse_pairs(options.pairs):
+        torch.compiler.reset()
+        settings = [
+            Setting(
+                teacher,
+                student,
+                method,
+                options.batch,
+                options.image_size,
+                options.classes,
+                prompt,
+                device,
+            )
+            for method in methods
+        ]
+        rows = measure(settings, providers, rounds=options.rounds)
+        append_rows(rows, options.out)
+        print_rows(rows, settings)
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))
