@@ -45,6 +45,9 @@ class DataConfig:
     """Flip half of the training images left to right."""
     workers: int = 2
     """Decoding processes (image folders only)."""
+    order_seed: int | None = None
+    """Seed of sample order and augmentation; absent: the run's. Runs of several seeds that have it
+    in common share each batch and the frozen teacher's work on it."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "train_limit"):
@@ -61,6 +64,10 @@ class DataConfig:
         )
         _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _require(
+            self.order_seed is None or self.order_seed >= 0,
+            "data.order_seed", self.order_seed, "0 or more",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -305,7 +312,7 @@ class RunConfig:
     seed: int = 0
     """Seed of initialisation, sample order and augmentation."""
     seeds: tuple[int, ...] | None = None
-    """Several runs, one after the other, one for each seed."""
+    """Several runs in one process, step by step in turn, one for each seed."""
     epochs: int = 240
     """Passes over the training set."""
     global_batch: int = 64

@@ -82,9 +82,13 @@ class RunLog:
         columns: Columns of metrics.csv.
         resume_step: Step that the run goes on from: rows written after it are cut, so that none
             is doubled.
+        prefix: Put before every line on the terminal.
     """
 
-    def __init__(self, folder: Path, columns: Iterable[str], resume_step: int | None) -> None:
+    def __init__(
+        self, folder: Path, columns: Iterable[str], resume_step: int | None, prefix: str = ""
+    ) -> None:
+        self.prefix = prefix
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.columns = folder, list(columns)
         self.console = Console(soft_wrap=True)
@@ -113,7 +117,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(self.prefix + text, markup=False, highlight=False)
 
     def warn(self, kind: str, message: str, step: int = 0) -> None:
         """A warning: on the terminal and in events.jsonl."""
@@ -147,7 +151,8 @@ class RunLog:
     @contextmanager
     def progress(self, total_steps: int, done: int, batch: int) -> Iterator[ProgressLine]:
         """A bar on a terminal, a plain line now and then elsewhere."""
-        if not self.console.is_terminal:
+        # Of several runs none has a bar: a terminal has room for one.
+        if self.prefix or not self.console.is_terminal:
             yield ProgressLine(None, self, total_steps, done, batch)
             return
         columns = (

@@ -11,8 +11,8 @@ or gradients are not finite changes no parameter, no statistic, no average and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .errors import UsageError
 from .guards import Certificate, certify
 from .methods import Method, StepOutput
 from .metrics import EpochMeter, normaliser
+from .models.parts import Remembered
 from .optim import build_ema, build_optimizer, build_schedule, learning_rates, update_ema
 from .spans import span
 
@@ -131,12 +132,14 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.meter = EpochMeter(method.term_names, device)
         self.normalise = normaliser(data)
+        self.image_parts = self._image_parts
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.gate = Gate(method.trained_buffers(), device)
         self.distillation: float | Tensor = 1.0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
         if self.mode != "eager":
             self._compile()
 
@@ -168,28 +171,29 @@ class TrainStep:
     def certify(self, batch: Batch) -> Certificate | None:
         """Check the fused loss on a batch; nothing of the run's state moves."""
         with self.autocast(), self.plainly():
-            certificate = certify(self.method, self.normalise(batch), batch.labels)
+            images, labels = self.image_parts(batch)[0], self._label_parts(batch)[0]
+            certificate = certify(self.method, images, labels)
         self.reference_only = certificate is not None and not certificate.holds
         return certificate
 
     def __call__(self, batch: Batch, step: int) -> None:
         """Do step number `step` (from 0) on `batch`."""
-        self._set_distillation(step)
-        if self.mode == "graph":
-            self._replay(batch)
-        else:
-            self.body(batch, step)
-        self.schedule.step()
+        with self._own_stream(batch):
+            self._set_distillation(step)
+            if self.mode == "graph":
+                self._replay(batch)
+            else:
+                self.body(batch, step)
+            self.schedule.step()
 
     def body(self, batch: Batch, step: int) -> None:
         """All of a step that runs on the device."""
         with span("normalise"):
-            images = self.normalise(batch)
+            images = self.image_parts(batch)
         self.optimizer.zero_grad(set_to_none=True)
         before = self.gate.remember()
         outputs: list[tuple[StepOutput, int]] = []
-        parts = self.config.accumulate
-        for part, labels in zip(images.chunk(parts), batch.labels.chunk(parts), strict=True):
+        for part, labels in zip(images, self._label_parts(batch), strict=True):
             with span("forward"), self.autocast(), self.loss_backend():
                 output = self.method(part, labels, self.distillation)
             with span("backward"):
@@ -206,6 +210,13 @@ class TrainStep:
         with span("metrics"):
             for output, count in outputs:
                 self.meter.add(output, count, passes)
+
+    def _image_parts(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Normalised images, cut into the parts that are accumulated."""
+        return self.normalise(batch).chunk(self.config.accumulate)
+
+    def _label_parts(self, batch: Batch) -> tuple[Tensor, ...]:
+        return batch.labels.chunk(self.config.accumulate)
 
     def _update(self, outputs: list[tuple[StepOutput, int]], step: int) -> Tensor:
         """Move the parameters, if the step passes; returns whether it does, 0-d bool."""
@@ -262,11 +273,32 @@ class TrainStep:
     def _compile(self) -> None:
         # Inductor of torch 2.13 and 2.14 forgets channels_last in backward graphs otherwise.
         options = {"force_layout_optimization": True} if self.device.type == "cuda" else None
-        for region in self.method.regions():
-            region.compile(fullgraph=True, dynamic=False, options=options)
-        self.method.losses = torch.compile(  # type: ignore[method-assign]
-            self.method.losses, fullgraph=True, dynamic=False, options=options
-        )
+        self.method.compile_regions(fullgraph=True, dynamic=False, options=options)
+
+    def run_beside_others(self) -> None:
+        """From now on graphs replay on a stream of their own, beside those of other runs."""
+        if self.mode == "graph":
+            self.stream = torch.cuda.Stream(self.device)
+
+    def share_images(self, other: TrainStep | None = None) -> None:
+        """Normalise a batch that several runs take once, as `other` does; a graph does its own."""
+        if self.mode != "graph":
+            self.image_parts = Remembered(self._image_parts) if other is None else other.image_parts
+
+    def join(self) -> None:
+        """Let whatever reads this run's state next wait for its steps (on the device)."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    @contextmanager
+    def _own_stream(self, batch: Batch) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            batch.record_stream(self.stream)
+            yield
 
     def _replay(self, batch: Batch) -> None:
         if self.graph is None:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
-from .data import Batch, ImageData, load_data, steps_per_epoch, train_batches
+from .data import Batch, ImageData, load_data, steps_per_epoch
 from .errors import DataError, NumericError, Stopped, UsageError
 from .files import write_atomically
 from .log import ProgressLine, RunLog, clock, commit, hardware, versions, write_json
@@ -47,6 +48,7 @@ from .preemption import StopRequest, stop_on_signal
 from .records import RUN_FORMAT
 from .step import TrainStep
 from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
+from .together import RandomState, SharedBatches, take_turns
 
 # What may differ between a checkpoint and the run that goes on from it.
 MAY_CHANGE = {
@@ -91,50 +93,104 @@ def run(config: RunConfig) -> RunResult:
         UsageError, DataError, NumericError, StorageError: As the exit codes say.
         Stopped: A signal asked to stop; the state is saved.
     """
-    out = run_folder(config)
+    return run_seeds(dataclasses.replace(config, seeds=(config.seed,)))[0]
+
+
+def run_seeds(config: RunConfig) -> list[RunResult]:
+    """A run for each of `config.seeds` (or for `config.seed`), all in this process, step by step.
+
+    Raises:
+        As `run`; of several runs that fail, the first one's error, when all have ended.
+    """
+    seeds = (config.seed,) if config.seeds is None else config.seeds
+    if config.out is not None and len(seeds) > 1:
+        raise UsageError(f"out={config.out!r} with {len(seeds)} seeds: expected --out-root")
     with stop_on_signal() as stop:
         device = pick_device(config)
         prepare_torch(config)
         data = load_data(config.data, device)
-        total_steps = config.epochs * steps_per_epoch(len(data.train), config.global_batch)
-        checkpoint = find_checkpoint(config, out)
-        if checkpoint is not None:
-            check_same_run(config, checkpoint)
-            if checkpoint.step >= end_step(config, total_steps) and is_finished(out, config):
-                return already_done(out, checkpoint)
-
-        torch.manual_seed(config.seed)  # the student first: equal under every method (T2)
-        student = create_model(
-            config.student, num_classes=data.num_classes, weights=config.student_weights
-        )
-        cost = None
-        teacher, teacher_record = None, None
-        if config.method != "ce":
-            weights = resolve_weights(config)
-            with torch.random.fork_rng(devices=[]):
-                teacher = create_model(
-                    config.teacher.name, num_classes=data.num_classes, weights=weights
-                )
-            cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
-            teacher_record = {
-                "name": config.teacher.name,
-                "weights": weights,
-                "sha256": fingerprint(teacher),
-                "expected_top1": config.teacher.expected_top1,
-            }
-        method = build_method(config, student, teacher)
-        method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trainer = Trainer(config, out, data, method, device, total_steps, stop)
-        return trainer.train(checkpoint, run_record(config, data, student, cost, teacher_record))
+        made = []
+        for seed in seeds:
+            own = dataclasses.replace(config, seed=seed, seeds=None)
+            made.append(prepare(own, data, device, stop, label="" if len(seeds) == 1 else seed))
+        pending = [m for m in made if isinstance(m, Pending)]
+        if len(pending) > 1:
+            share(pending)
+        turns = [p.trainer.train(p.checkpoint, p.record) for p in pending]
+        results = iter(take_turns(turns, [p.random for p in pending]))
+        return [next(results) if isinstance(m, Pending) else m for m in made]
 
 
-def run_seeds(config: RunConfig) -> list[RunResult]:
-    """One run for each of `config.seeds` (or for `config.seed`), one after the other."""
-    if config.seeds is None:
-        return [run(config)]
-    if config.out is not None and len(config.seeds) > 1:
-        raise UsageError(f"out={config.out!r} with {len(config.seeds)} seeds: expected --out-root")
-    return [run(dataclasses.replace(config, seed=s, seeds=None)) for s in config.seeds]
+@dataclass(frozen=True)
+class Pending:
+    """A run that is ready to start."""
+
+    trainer: Trainer
+    checkpoint: Checkpoint | None
+    record: dict[str, Any]
+    random: RandomState
+
+
+def prepare(
+    config: RunConfig, data: ImageData, device: torch.device, stop: StopRequest, label: object = ""
+) -> Pending | RunResult:
+    """Student, teacher and method of one run, or the result of one that is finished already.
+
+    Args:
+        config: The run, of one seed.
+        data: Its data set.
+        device: Where it runs.
+        stop: The request that it listens to.
+        label: Seed that its lines on the terminal name, where several runs talk.
+    """
+    out = run_folder(config)
+    total_steps = config.epochs * steps_per_epoch(len(data.train), config.global_batch)
+    checkpoint = find_checkpoint(config, out)
+    if checkpoint is not None:
+        check_same_run(config, checkpoint)
+        if checkpoint.step >= end_step(config, total_steps) and is_finished(out, config):
+            return already_done(out, checkpoint)
+
+    torch.manual_seed(config.seed)  # the student first: equal under every method (T2)
+    student = create_model(
+        config.student, num_classes=data.num_classes, weights=config.student_weights
+    )
+    cost = None
+    teacher, teacher_record = None, None
+    if config.method != "ce":
+        weights = resolve_weights(config)
+        with torch.random.fork_rng(devices=[]):
+            teacher = create_model(
+                config.teacher.name, num_classes=data.num_classes, weights=weights
+            )
+        cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
+        teacher_record = {
+            "name": config.teacher.name,
+            "weights": weights,
+            "sha256": fingerprint(teacher),
+            "expected_top1": config.teacher.expected_top1,
+        }
+    method = build_method(config, student, teacher)
+    method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trainer = Trainer(config, out, data, method, device, total_steps, stop, str(label))
+    record = run_record(config, data, student, cost, teacher_record)
+    return Pending(trainer, checkpoint, record, RandomState(device))
+
+
+def share(runs: Sequence[Pending]) -> None:
+    """Let runs that differ in their seed alone hold and compute once what is the same for all."""
+    groups: dict[tuple[int, int], Trainer] = {}
+    for run in runs:
+        trainer = run.trainer
+        trainer.method.share_teacher(runs[0].trainer.method)
+        trainer.step.run_beside_others()
+        start = 0 if run.checkpoint is None else run.checkpoint.step
+        first = groups.setdefault((trainer.batches.seed, start), trainer)
+        if first is trainer:
+            trainer.step.share_images()
+        else:
+            trainer.batches = first.batches
+            trainer.step.share_images(first.step)
 
 
 class Trainer:
@@ -149,11 +205,19 @@ class Trainer:
         device: torch.device,
         total_steps: int,
         stop: StopRequest,
+        label: str = "",
     ) -> None:
         self.config, self.out, self.data, self.method = config, out, data, method
         self.device, self.total_steps, self.stop = device, total_steps, stop
         self.per_epoch = steps_per_epoch(len(data.train), config.global_batch)
         self.end_step = end_step(config, total_steps)
+        self.label = f"seed {label}: " if label else ""
+        self.batches = SharedBatches(
+            data.train,
+            batch_size=config.global_batch,
+            seed=config.seed if config.data.order_seed is None else config.data.order_seed,
+            workers=config.data.workers,
+        )
         self.step = TrainStep(
             method,
             config,
@@ -172,20 +236,25 @@ class Trainer:
         self.certified = False
         self.saved_step: int | None = None
 
-    def train(self, checkpoint: Checkpoint | None, record: dict[str, Any]) -> RunResult:
-        """Measure the teacher, go on from `checkpoint` if there is one, and train to the end."""
+    def train(
+        self, checkpoint: Checkpoint | None, record: dict[str, Any]
+    ) -> Generator[None, None, RunResult]:
+        """Measure the teacher, go on from `checkpoint` if there is one, and train to the end.
+
+        Yields after every step, so that several runs can take turns.
+        """
         if record["teacher"] is not None:
             self.teacher_sha256 = record["teacher"]["sha256"]
         if checkpoint is not None:
             self.restore(checkpoint)
         resumed = None if checkpoint is None else self.progress.step
-        self.log = RunLog(self.out, self.columns(), resumed)
+        self.log = RunLog(self.out, self.columns(), resumed, prefix=self.label)
         try:
             self.announce(record)
             self.method.train()
             write_json(self.out / "run.json", record)
             self.status("running")
-            self.epochs()
+            yield from self.epochs()
             self.write_student()
             self.status("finished")
             self.log.say(f"finished: {self.out}")
@@ -245,7 +314,7 @@ class Trainer:
             found.append(("fusion_missing", None if config.prompt.fusion else fusion_warning()))
         return [(kind, warning) for kind, warning in found if warning is not None]
 
-    def epochs(self) -> None:
+    def epochs(self) -> Iterator[None]:
         """The loop: steps, evaluation, checkpoint."""
         progress, meter = self.progress, self.step.meter
         with self.log.progress(self.end_step, progress.step, self.config.global_batch) as line:
@@ -256,32 +325,28 @@ class Trainer:
                     self.end_of_epoch(meter.read(self.config.has_prompt_path))
                 if progress.step >= self.end_step:
                     return
-                self.steps_of_epoch(line)
+                yield from self.steps_of_epoch(line)
                 self.check_skips()
                 self.stop_if_asked()
 
-    def steps_of_epoch(self, line: ProgressLine) -> None:
+    def steps_of_epoch(self, line: ProgressLine) -> Iterator[None]:
         """Steps up to the end of the epoch, of the run, or up to a request to stop."""
         config, progress = self.config, self.progress
         epoch, done_in_epoch = divmod(progress.step, self.per_epoch)
         started, first = time.monotonic(), progress.step
-        for batch in train_batches(
-            self.data.train,
-            batch_size=config.global_batch,
-            seed=config.seed,
-            epoch=epoch,
-            start_step=done_in_epoch,
-            workers=config.data.workers,
-        ):
+        for batch in self.batches.epoch(epoch, done_in_epoch):
             if not self.certified:
                 self.certify(batch)
             self.step(batch, progress.step)
             progress.step += 1
+            yield
             if line.due():
+                self.step.join()
                 means = self.step.meter.read(config.has_prompt_path)
                 line.update(progress.step / self.per_epoch, progress.step, means)
             if self.stop or progress.step >= self.end_step:
                 break
+        self.step.join()
         self.step.meter.num_images()  # waits for the device
         seconds = time.monotonic() - started
         progress.seconds += seconds

@@ -52,6 +52,10 @@ class Batch:
             if mine is not None:
                 mine.copy_(theirs, non_blocking=True)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that `stream` reads the batch."""
+        self._map(lambda tensor: tensor.record_stream(stream))
+
     def _map(self, function: Any) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.crop is not None:
@@ -107,22 +111,23 @@ class Augmentation:
     def __init__(self, num_samples: int, crop_padding: int, flip: bool, device: torch.device):
         self.ids = torch.arange(num_samples, device=device)
         self.crop_padding, self.flip = crop_padding, flip
-        self._drawn_for: tuple[int, int] | None = None
-        self._offsets: Tensor | None = None  # [N, 2]
-        self._flips: Tensor | None = None  # [N]
+        # seed -> epoch, offsets [N, 2], flips [N]: runs of several seeds take turns
+        self._drawn: dict[int, tuple[int, Tensor | None, Tensor | None]] = {}
 
     def __call__(
         self, indices: Tensor, seed: int, epoch: int
     ) -> tuple[tuple[int, Tensor] | None, Tensor | None]:
         """`Batch.crop` and `Batch.flip` of the samples `indices` (int64 [B])."""
-        if self._drawn_for != (seed, epoch):
-            if self.crop_padding:
-                self._offsets = crop_offsets(seed, epoch, self.ids, self.crop_padding)
-            if self.flip:
-                self._flips = flips(seed, epoch, self.ids)
-            self._drawn_for = (seed, epoch)
-        crop = None if self._offsets is None else (self.crop_padding, self._offsets[indices])
-        return crop, None if self._flips is None else self._flips[indices]
+        if seed not in self._drawn or self._drawn[seed][0] != epoch:
+            padding = self.crop_padding
+            self._drawn[seed] = (
+                epoch,
+                crop_offsets(seed, epoch, self.ids, padding) if padding else None,
+                flips(seed, epoch, self.ids) if self.flip else None,
+            )
+        _, offsets, flipped = self._drawn[seed]
+        crop = None if offsets is None else (self.crop_padding, offsets[indices])
+        return crop, None if flipped is None else flipped[indices]
 
 
 class ResidentSplit(Split):

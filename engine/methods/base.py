@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LossConfig, OptimConfig
+from ..models.parts import Remembered
 
 Factor = float | Tensor
 
@@ -68,9 +69,13 @@ class Method(nn.Module):
         """Optimiser groups; each has a `name` and its own learning rate."""
         return [{"name": "student", "params": list(self.student.parameters()), "lr": optim.lr}]
 
-    def regions(self) -> list[nn.Module]:
-        """Modules that a step calls as a whole: what compiled code is made of."""
-        return [self.student]
+    def compile_regions(self, **options: Any) -> None:
+        """Compile each network and the losses as a region; `options` as of `torch.compile`."""
+        self.student.compile(**options)
+        self.losses = torch.compile(self.losses, **options)  # type: ignore[method-assign]
+
+    def share_teacher(self, other: Method) -> None:
+        """Use the frozen teacher of `other`, an equal one; computed once for the same images."""
 
     def trained_buffers(self) -> list[Tensor]:
         """Buffers that a forward pass in training mode moves: statistics of BatchNorms."""
@@ -91,6 +96,7 @@ class FrozenTeacherMethod(Method):
     def __init__(self, student: nn.Module, teacher: nn.Module, loss: LossConfig) -> None:
         super().__init__(student, loss)
         self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher_once: Remembered | None = None
 
     def train(self, mode: bool = True) -> FrozenTeacherMethod:
         """Training mode for the student alone."""
@@ -98,11 +104,18 @@ class FrozenTeacherMethod(Method):
         self.teacher.eval()
         return self
 
-    def regions(self) -> list[nn.Module]:
-        return [self.student, self.teacher]
+    def compile_regions(self, **options: Any) -> None:
+        super().compile_regions(**options)
+        self.teacher.compile(**options)
+
+    def share_teacher(self, other: Method) -> None:
+        assert isinstance(other, FrozenTeacherMethod)
+        if other.teacher_once is None:
+            other.teacher_once = Remembered(other.teacher_logits)
+        self.teacher, self.teacher_once = other.teacher, other.teacher_once
 
     def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.student(images), self.teacher_logits(images)
+        return self.student(images), (self.teacher_once or self.teacher_logits)(images)
 
     def teacher_logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,13 @@ class DualPathDistillation(Method):
         super().__init__(student, loss)
         self.teacher = teacher
 
-    def regions(self) -> list[nn.Module]:
-        return [self.student, self.teacher]
+    def compile_regions(self, **options: Any) -> None:
+        super().compile_regions(**options)
+        self.teacher.compile_paths(**options)
+
+    def share_teacher(self, other: Method) -> None:
+        assert isinstance(other, DualPathDistillation)
+        self.teacher.share_original(other.teacher)
 
     def trained_buffers(self) -> list[Tensor]:
         return [*super().trained_buffers(), *self.teacher.trained_buffers()]

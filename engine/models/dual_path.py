@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..errors import UsageError
 from .frozen import freeze
+from .parts import Remembered
 from .prompt import PromptFusion
 from .stages import Stages, split_stages
 
@@ -36,6 +37,9 @@ class DualPathOutput(NamedTuple):
 
 class Trunk(nn.Module):
     """A network cut into stages, neck and head."""
+
+    shared = 0
+    """Stages whose output `forward` also returns."""
 
     def __init__(self, split: Stages) -> None:
         super().__init__()
@@ -54,6 +58,11 @@ class Trunk(nn.Module):
         for i in range(done, len(self.stages)):
             x = self.stages[i](x)
         return self.head(self.neck(x))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # [B, 3, H, W], normalised
+        """Output of the first `shared` stages (of none: the images), and the logits."""
+        x = self.start(images, self.shared)
+        return x, self.finish(x, self.shared)
 
 
 def _frozen(split: Stages, fold: bool) -> Trunk:
@@ -125,6 +134,8 @@ class DualPathTeacher(nn.Module):
             self.copied = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
         if self.copied is not None:
             self.copied.head = nn.Identity()  # the prompt path ends in `self.head`
+        self.original.shared = self.shared_stages
+        self.original_once: Remembered | None = None
         self.train()
 
     def _new_head(self) -> nn.Module:
@@ -179,10 +190,10 @@ class DualPathTeacher(nn.Module):
         self.load_state_dict({**state, **frozen})  # whatever `state` says of the teacher
 
     def forward(self, images: Tensor) -> DualPathOutput:  # images [B, 3, H, W], normalised
+        original = self.original if self.original_once is None else self.original_once
         with torch.no_grad():
-            shared = self.original.start(images, self.shared_stages)
-            teacher_logits = self.original.finish(shared, self.shared_stages)
-        return DualPathOutput(teacher_logits, self._continue(shared))
+            shared, teacher_logits = original(images)
+        return DualPathOutput(teacher_logits, self.continue_from(shared))
 
     def original_path(self, images: Tensor) -> Tensor:
         """Logits of the original path alone, without a graph."""
@@ -193,9 +204,9 @@ class DualPathTeacher(nn.Module):
         """Logits of the prompt path alone; images [B, 3, H, W], normalised."""
         with torch.no_grad():
             shared = self.original.start(images, self.shared_stages)
-        return self._continue(shared)
+        return self.continue_from(shared)
 
-    def _continue(self, x: Tensor) -> Tensor:
+    def continue_from(self, x: Tensor) -> Tensor:
         """The prompt path from the output of the shared stages on (of none: the images)."""
         trunk = self.copied if self.copied is not None else self.original
         for i, stage in enumerate(trunk.stages, start=1):
@@ -204,6 +215,17 @@ class DualPathTeacher(nn.Module):
             if i in self.inserted:
                 x = self.pairs[f"stage{i}"](x)
         return self.head(trunk.neck(x))
+
+    def compile_paths(self, **options: Any) -> None:
+        """Compile each path as one region; `options` as of `torch.compile`."""
+        self.original.compile(**options)
+        self.continue_from = torch.compile(self.continue_from, **options)  # type: ignore
+
+    def share_original(self, other: DualPathTeacher) -> None:
+        """Use the original path of `other`, an equal one; computed once for the same images."""
+        if other.original_once is None:
+            other.original_once = Remembered(other.original)
+        self.original, self.original_once = other.original, other.original_once
 
     @contextmanager
     def prompt_norms(self) -> Iterator[dict[str, Tensor]]:

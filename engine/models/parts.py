@@ -1,8 +1,8 @@
 """What a network of several stages says about itself: the pieces its forward pass chains."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -64,3 +64,17 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+class Remembered:
+    """A function of one argument that knows its last call: asked with the same object again, and
+    not with an equal one, it gives the same result again."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+        self._last: tuple[Any, Any] = (None, None)
+
+    def __call__(self, argument: Any) -> Any:
+        if self._last[0] is not argument:
+            self._last = (argument, self.function(argument))
+        return self._last[1]

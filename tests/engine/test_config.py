@@ -18,19 +18,21 @@ from dfptkd.engine.config import (
     OptimConfig,
     PromptConfig,
     RunConfig,
+    StepConfig,
     TeacherConfig,
     from_dict,
     to_dict,
 )
 from dfptkd.engine.errors import UsageError
 
-CLASSES = (DataConfig, PromptConfig, TeacherConfig, LossConfig, OptimConfig, RunConfig)
+CLASSES = (DataConfig, PromptConfig, TeacherConfig, LossConfig, OptimConfig, StepConfig, RunConfig)
 PREFIX = {
     DataConfig: "data.",
     PromptConfig: "prompt.",
     TeacherConfig: "teacher.",
     LossConfig: "loss.",
     OptimConfig: "optim.",
+    StepConfig: "step.",
     RunConfig: "",
 }
 NAN = float("nan")
@@ -52,6 +54,7 @@ REFUSED = {
         "num_classes": (1, 0),
         "crop_padding": (-1,),
         "workers": (-1,),
+        "order_seed": (-1,),
     },
     PromptConfig: {
         "r1": AT_LEAST_ONE,
@@ -85,6 +88,7 @@ REFUSED = {
         "clip_grad_norm": POSITIVE,
         "ema_decay": (0.0, 1.0, -0.1, NAN),
     },
+    StepConfig: {"max_skips": (-1,)},
     RunConfig: {
         "seed": (-1,),
         "seeds": ((), (1, 1), (-1,)),
@@ -159,7 +163,7 @@ def test_M20_every_field_is_documented(cls):
         and isinstance(text.value, ast.Constant)
         and isinstance(text.value.value, str)
     }
-    sections = {"data", "teacher", "prompt", "loss", "optim"} if cls is RunConfig else set()
+    sections = {"data", "teacher", "prompt", "loss", "optim", "step"} if cls is RunConfig else set()
     assert {f.name for f in dataclasses.fields(cls)} - sections == documented
     assert inspect.getdoc(cls)
 

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig
+from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, StepConfig
 from dfptkd.engine.data import load_data, train_batches
+from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
 from dfptkd.engine.models import create_model
-from dfptkd.engine.step import TrainStep
+from dfptkd.engine.step import TrainStep, choose_mode
 
 CPU = torch.device("cpu")
 DATA_CONFIG = DataConfig(name="synthetic", num_classes=10, image_size=16, limit=64)
@@ -260,3 +261,153 @@ def test_a_few_steps_lower_the_loss():
         step(batches(size=32, count=1)[0], i)
         losses.append(step.meter.read(has_prompt_path=True)["loss/total"])
     assert losses[-1] < 0.7 * losses[0]
+
+
+# The gate -----------------------------------------------------------------------------------------
+
+
+def whole_state(step):
+    """Everything that a step may write, by name."""
+    found = dict(step.method.trained_state())
+    found |= {
+        f"momentum.{i}": s["momentum_buffer"] for i, s in enumerate(step.optimizer.state.values())
+    }
+    found["meter"] = step.meter.sums
+    if step.ema is not None:
+        found |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
+    return {k: v.clone() for k, v in found.items()}
+
+
+def spoil(step, monkeypatch, *, value=float("nan"), part="images"):
+    """The next batch carries one number that is none."""
+    if part == "images":
+        normalise = step.normalise
+
+        def spoilt(batch):
+            images = normalise(batch)
+            images[0, 0, 0, 0] = value
+            return images
+
+        monkeypatch.setattr(step, "normalise", spoilt)
+        return
+    losses = step.method.losses
+
+    def spoilt_loss(*args):
+        output = losses(*args)
+        if part == "gradient":  # the loss is finite, and nothing else
+            output.total.register_hook(lambda grad: grad * value)
+        else:
+            output.total = output.total * value
+        return output
+
+    monkeypatch.setattr(step.method, "losses", spoilt_loss)
+
+
+@pytest.mark.parametrize("part", ["images", "gradient", "loss"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("method", ["ce", "dfpt", "dfpt_plus"])
+def test_a_bad_step_changes_nothing(method, first, part, monkeypatch):
+    step = make_step(method, optim=dataclasses.replace(OPTIM, ema_decay=0.5), global_batch=8)
+    good, bad, after = batches(count=3)
+    if not first:
+        step(good, 0)
+    before = whole_state(step)
+    with monkeypatch.context() as patch:
+        spoil(step, patch, part=part)
+        step(bad, 1)
+    now = whole_state(step)
+    assert before.keys() == now.keys()
+    assert all(torch.equal(before[k], now[k]) for k in before)
+    assert step.gate.skipped == 1
+    step(after, 2)  # and the next goes on as if it had not been
+    assert step.gate.skipped == 1
+    assert not same(before, whole_state(step))
+    assert all(v.isfinite().all() for v in whole_state(step).values())
+
+
+def test_control_without_the_gate_a_bad_step_spoils_everything(monkeypatch):
+    step = make_step("dfpt")
+    monkeypatch.setattr(step.gate, "judge", lambda *_: torch.ones((), dtype=torch.bool))
+    spoil(step, monkeypatch)
+    step(batches()[0], 0)
+    state = whole_state(step)
+    assert not state["student.fc.weight"].isfinite().all()
+    assert not state["student.bn1.running_mean"].isfinite().all()
+    assert not state["meter"].isfinite().all()
+
+
+def test_one_bad_part_spoils_the_whole_batch(monkeypatch):
+    step = make_step("dfpt", global_batch=8, accumulate=4)
+    before = whole_state(step)
+    spoil(step, monkeypatch)
+    step(batches()[0], 0)
+    assert all(torch.equal(v, before[k]) for k, v in whole_state(step).items())
+
+
+def test_a_shut_gate_lets_nothing_pass_and_counts_nothing():
+    """So a graph warms up."""
+    step = make_step("dfpt_plus", optim=dataclasses.replace(OPTIM, ema_decay=0.5))
+    before = whole_state(step)
+    step.gate.is_open.fill_(False)
+    step.body(batches()[0], 0)
+    assert all(torch.equal(v, before[k]) for k, v in whole_state(step).items())
+    assert step.gate.skipped == 0
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_the_gate_changes_no_bit_of_a_good_step(clip, monkeypatch):
+    """Against the optimiser called by itself, its momentum absent at first."""
+    optim = dataclasses.replace(OPTIM, clip_grad_norm=clip)
+    gated, plain = make_step("dfpt", optim=optim), make_step("dfpt", optim=optim)
+    bare = torch.optim.SGD(plain.params, lr=0.02, momentum=0.9, weight_decay=0.01, fused=True)
+    for i, batch in enumerate(batches(count=3)):
+        gated(batch, i)
+        bare.zero_grad()
+        plain.method(plain.normalise(batch), batch.labels).total.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(plain.params, clip)
+        bare.step()
+    assert same(gated.method.trained_state(), plain.method.trained_state())
+
+
+# Execution modes ----------------------------------------------------------------------------------
+
+
+def test_a_mode_that_cannot_be_is_refused_and_auto_says_why():
+    with pytest.raises(UsageError, match=r"step\.mode='graph'.*CUDA device"):
+        make_step(step=StepConfig(mode="graph"))
+    cuda = torch.device("cuda")
+    config = RunConfig()
+    assert choose_mode(config, cuda) == ("graph", "one CUDA device")
+    assert choose_mode(config, CPU)[0] == "eager"
+    alternating = dataclasses.replace(config, loss=LossConfig(update="alternating"))
+    mode, why = choose_mode(alternating, cuda)
+    assert mode == "compile"
+    assert "alternating" in why
+    scaled = dataclasses.replace(config, precision="fp16", step=StepConfig(mode="graph"))
+    with pytest.raises(UsageError, match="fp16"):
+        choose_mode(scaled, cuda)
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "dfpt", "dfpt_plus"])
+def test_compiled_steps_follow_eager_ones_without_breaks_or_recompiles(method):
+    """Warm-up of the distillation included: its factor must not be compiled in."""
+    torch.compiler.reset()
+    loss = LossConfig(warmup_epochs=0.5)
+    eager = make_step(method, loss=loss)
+    compiled = make_step(method, loss=loss, step=StepConfig(mode="compile"))
+    first, second, *rest = batches(count=4)
+    for i, batch in enumerate((first, second)):  # the first compiles
+        eager(batch, i)
+        compiled(batch, i)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for i, batch in enumerate(rest, start=2):
+            eager(batch, i)
+            compiled(batch, i)
+    for (name, a), b in zip(
+        eager.method.trained_state().items(), compiled.method.trained_state().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    torch.testing.assert_close(eager.meter.sums, compiled.meter.sums, rtol=1e-4, atol=1e-4)
+    with compiled.plainly():  # evaluation has other shapes
+        compiled.method.student.eval()(torch.zeros(3, 3, 16, 16))
