@@ -27,7 +27,12 @@ import torch
 from ..kernels.triton_common import AotCase
 
 # Files of ..kernels with an `aot_cases(dtype)`.
-KERNEL_FILES = ("dual_path_loss_triton", "frozen_relu_triton", "partial_pointwise_conv_triton")
+KERNEL_FILES = (
+    "dual_path_loss_triton",
+    "frozen_relu_triton",
+    "normalize_images_triton",
+    "partial_pointwise_conv_triton",
+)
 CAPABILITIES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -53,6 +58,8 @@ class Report:
     """Kinds of global load in the PTX, such as "ld.global.v4.b32"."""
     load_count: int
     """Number of global loads in the PTX."""
+    stores: tuple[str, ...]
+    """Kinds of global store in the PTX."""
     barriers: int
     """Number of block-wide barriers in the PTX."""
     asserts: bool
@@ -102,6 +109,7 @@ def report(
         mma=next((m for m in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if m in ptx), "none"),
         loads=tuple(sorted(set(loads))),
         load_count=len(loads),
+        stores=tuple(sorted(set(re.findall(r"st\.global[\w.:]*", ptx)))),
         barriers=len(re.findall(r"\bbar(?:rier)?\.sync", ptx)),
         asserts="__assertfail" in ptx,
     )
@@ -143,6 +151,10 @@ def faults(case: AotCase, capability: int, found: Report) -> list[str]:
         (
             case.load is not None and not any(load.endswith(case.load) for load in found.loads),
             f"no {case.load} load among {', '.join(found.loads)}",
+        ),
+        (
+            case.store is not None and not any(s.endswith(case.store) for s in found.stores),
+            f"no {case.store} store among {', '.join(found.stores)}",
         ),
         (case.mma and found.mma == "none", "no matrix instruction"),
     )

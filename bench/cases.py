@@ -1,4 +1,5 @@
-"""What `dfptkd bench kernels` measures: the fused losses, and a stage's prompt + fusion pair."""
+"""What `dfptkd bench kernels` measures: the fused losses, a stage's prompt + fusion pair, and the
+normalisation of a batch of images."""
 
 from __future__ import annotations
 
@@ -13,10 +14,17 @@ from torch import Tensor
 
 from ..engine.config import PromptConfig
 from ..engine.models import PromptFusion
-from ..kernels import distillation_loss, dual_path_loss, use_backend, which_backend
+from ..kernels import (
+    distillation_loss,
+    dual_path_loss,
+    normalize_images,
+    use_backend,
+    which_backend,
+)
 
 LOSSES = ("dual_path_loss", "distillation_loss")
 PAIR = "prompt_fusion"
+IMAGES = "normalize_images"
 
 # On a GPU the baseline is the strongest that torch.compile has; a CPU has no such mode.
 _COMPILE = {"cuda": {"mode": "max-autotune-no-cudagraphs"}}
@@ -32,7 +40,7 @@ class Case:
     providers: dict[str, Callable[[], Tensor]]
     """Name -> its output: a loss [], or an activation."""
     leaves: Sequence[Tensor]
-    """What gets a gradient."""
+    """What gets a gradient; empty where there is no backward."""
     upstream: Tensor | None
     """Gradient of the output; None for a loss."""
     tolerance: float
@@ -191,4 +199,46 @@ def pair_case(
         upstream,
         tolerance=1e-3 if dtype == torch.float32 else 3e-2,
         bytes_moved={"forward": 2 * image, "forward+backward": 5 * image},
+    )
+
+
+# Images
+# -----------------------------------------------------------------------
+
+
+def images_case(
+    batch: int, height: int, width: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """`normalize_images` of random images [B, H, W, 3], with crop (padding 4) and flip."""
+    generator = torch.Generator().manual_seed(0)
+    size = (batch, height, width, channels)
+    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+    offsets = torch.randint(0, 9, (batch, 2), generator=generator).to(device)
+    flip = (torch.rand(batch, generator=generator) < 0.5).to(device)
+
+    def run() -> Tensor:
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        return normalize_images(images, mean, std, dtype=dtype, crop=(4, offsets), flip=flip)
+
+    def reference() -> Tensor:
+        with use_backend("reference"):
+            return run()
+
+    options: dict[str, Any] = dict(_COMPILE.get(device.type, {}))
+    found: dict[str, Callable[[], Tensor]] = {
+        "eager": reference,
+        "compile": torch.compile(reference, dynamic=False, **options),
+    }
+    backend = which_backend(IMAGES, images, dtype)
+    if backend != "reference":
+        found[f"ours[{backend}]"] = run
+    return Case(
+        IMAGES,
+        size,
+        images,
+        found,
+        leaves=(),
+        upstream=None,
+        tolerance=1e-3,
+        bytes_moved={"forward": images.numel() * (1 + dtype.itemsize) + 17 * batch},
     )

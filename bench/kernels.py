@@ -1,5 +1,5 @@
-"""`dfptkd bench kernels`: the fused losses and the prompt + fusion pair against eager PyTorch,
-torch.compile and, for the losses on CUDA, Liger-Kernel.
+"""`dfptkd bench kernels`: the fused losses, the prompt + fusion pair and `normalize_images` against
+eager PyTorch, torch.compile and, for the losses on CUDA, Liger-Kernel.
 
 Same process, same tensors, interleaved; random values, never zeros; `dynamic=False`. Every
 provider's output is checked against the reference before it is timed. A loss's "forward" of ours
@@ -7,7 +7,8 @@ holds the gradients already; compare forward+backward.
 
     dfptkd bench kernels [--shapes 128x100,64x64x32x32] [--device cuda] [--rounds 50] [--out FILE]
 
-A shape is rows x classes for the losses, batch x channels x height x width for a pair.
+A shape is rows x classes for the losses, batch x channels x height x width for a pair, and
+batch x height x width x 3 for images.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.table import Table
 from ..engine.config import RunConfig
 from ..engine.errors import UsageError
 from ..engine.train import pick_device
-from .cases import LOSSES, Case, loss_case, pair_case
+from .cases import LOSSES, Case, images_case, loss_case, pair_case
 from .measure import (
     Row,
     append_rows,
@@ -34,22 +35,26 @@ from .measure import (
     time_interleaved,
 )
 
-# The last three: the stages of resnet32x4; of ResNet-34 at 224 pixels.
-CPU_SHAPES = "128x100,256x1000,64x64x32x32,64x128x16x16,64x256x8x8"
+# The last three: the stages of resnet32x4; the last four: of ResNet-34 at 224 pixels.
+CPU_SHAPES = "128x100,256x1000,64x32x32x3,64x64x32x32,64x128x16x16,64x256x8x8"
 CUDA_SHAPES = (
-    "128x100,256x1000,2048x1000,16384x1000,256x64x56x56,256x128x28x28,256x256x14x14,256x512x7x7"
+    "128x100,256x1000,2048x1000,16384x1000,64x32x32x3,256x224x224x3,"
+    "256x64x56x56,256x128x28x28,256x256x14x14,256x512x7x7"
 )
 
 
 def cases(
     shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Case]:
-    """Both losses of every shape of two numbers, a pair of every shape of four."""
+    """Both losses of every shape of two numbers, a pair of every shape of four, or images where
+    the last of the four is 3."""
     for shape in shapes:
         torch.compiler.reset()  # one case's graphs are of no use to the next
         if len(shape) == 2:
             for operation in LOSSES:
                 yield loss_case(operation, *shape, dtype, device)
+        elif shape[3] == 3:
+            yield images_case(*shape, dtype, device)
         else:
             yield pair_case(*shape, dtype, device)
 
@@ -107,18 +112,22 @@ def _variants(
 
         return call
 
-    backward = {name: full(output) for name, output in case.providers.items()}
-    found = [("forward", "hot", dict(case.providers)), ("forward+backward", "hot", backward)]
+    forward: dict[str, Callable[[], object]] = dict(case.providers)
+    found = [("forward", "hot", forward)]
+    if case.leaves:
+        backward = {name: full(output) for name, output in case.providers.items()}
+        found.append(("forward+backward", "hot", backward))
+    passes, _, calls = found[-1]
     if device.type == "cuda":
         graphs: dict[str, Callable[[], object]] = {}
-        for name, call in backward.items():
+        for name, call in calls.items():
             try:
                 graphs[name] = captured(call)
             except RuntimeError as error:  # a host sync inside, as in some of Liger's losses
                 torch.cuda.synchronize()
                 print(f"{name}: no CUDA graph: {' '.join(str(error).split())[:100]}")
-        found.append(("forward+backward", "graph", graphs))
-    return found  # type: ignore[return-value]
+        found.append((passes, "graph", graphs))
+    return found
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -158,8 +167,8 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
         sizes = part.split("x")
         if len(sizes) not in (2, 4) or not all(n.isdecimal() and int(n) > 0 for n in sizes):
             raise UsageError(
-                f"--shapes {part}: expected rows x classes (128x100) or batch x channels x height "
-                "x width (64x64x32x32)"
+                f"--shapes {part}: expected rows x classes (128x100), batch x channels x height "
+                "x width (64x64x32x32) or batch x height x width x 3 (64x32x32x3)"
             )
         found.append(tuple(map(int, sizes)))
     return found
@@ -171,7 +180,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--shapes",
         help="rows x classes for the losses, batch x channels x height x width for a prompt + "
-        f"fusion pair; CPU {CPU_SHAPES}, CUDA {CUDA_SHAPES}",
+        f"fusion pair, batch x height x width x 3 for images; CPU {CPU_SHAPES}, CUDA {CUDA_SHAPES}",
     )
     options = parser.parse_args(args)
     device = pick_device(RunConfig(device=options.device))

@@ -29,7 +29,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Operation -> fast backend -> dtypes it takes; every operation has a reference that takes them all.
 OPERATIONS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     # fp32 is what it writes; uint8 stands for a question about the images alone.
-    "normalize_images": {"native": (torch.float32, torch.uint8)},
+    "normalize_images": {"native": (torch.float32, torch.uint8), "triton": (*_FLOATS, torch.uint8)},
     "dual_path_loss": {"native": _FLOATS, "triton": _FLOATS},
     "distillation_loss": {"native": _FLOATS, "triton": _FLOATS},
     "partial_pointwise_conv": {"native": (torch.float32,), "triton": _FLOATS},

@@ -14,15 +14,17 @@ Not supported: channels other than 3; a gradient (towards mean and std).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backend import choose
 
 Crop = tuple[int, Tensor]
-Channels = Sequence[float] | Tensor
+Channels = Sequence[float] | Tensor  # three values
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,20 +61,29 @@ def _crop_and_flip(
     return images[sample[:, None, None], rows[:, :, None], columns[:, None, :]]  # [N, H, W, 3]
 
 
-# The operator of the fused backends. csrc/normalize_images.cpp implements it for CPU.
+# The operator of the fused backends: csrc/normalize_images.cpp implements it for CPU, Triton for
+# CUDA. The second one, for CUDA alone, takes scale and shift as numbers, which then need not be
+# brought there.
 torch.library.define(
     "dfptkd::normalize_images",
     "(Tensor images, Tensor scale, Tensor shift, ScalarType dtype, int padding, Tensor? offsets, "
     "Tensor? flip) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+torch.library.define(
+    "dfptkd::normalize_images_numbers",
+    "(Tensor images, float[] scale, float[] shift, ScalarType dtype, int padding, Tensor? offsets, "
+    "Tensor? flip) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 @torch.library.register_fake("dfptkd::normalize_images")
+@torch.library.register_fake("dfptkd::normalize_images_numbers")
 def _(
     images: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Channels,
+    shift: Channels,
     dtype: torch.dtype,
     padding: int,
     offsets: Tensor | None,
@@ -85,6 +96,24 @@ def _(
         device=images.device,
         memory_format=torch.channels_last,
     )
+
+
+def _triton(
+    images: Tensor,
+    scale: Channels,
+    shift: Channels,
+    dtype: torch.dtype,
+    padding: int,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+) -> Tensor:
+    from .normalize_images_triton import launch
+
+    return launch(images, scale, shift, dtype, padding, offsets, flip)
+
+
+torch.library.impl("dfptkd::normalize_images", "cuda", _triton)
+torch.library.impl("dfptkd::normalize_images_numbers", "cuda", _triton)
 
 
 def normalize_images(
@@ -100,9 +129,10 @@ def normalize_images(
 
     Args:
         images: uint8 [N, H, W, 3], 0..255.
-        mean: three channel means in units of 0..1. On a GPU pass tensors that lie there: three
-            numbers are copied to the device in every call, which a CUDA graph cannot capture.
-        std: three channel standard deviations in units of 0..1.
+        mean: three channel means in units of 0..1; numbers, or a tensor on the device of images.
+            Nothing is copied from the host either way, so a CUDA graph can capture the call; of
+            numbers the Triton backend makes one launch, of tensors a few small ones more.
+        std: three channel standard deviations in units of 0..1, likewise.
         dtype: floating dtype of the result.
         crop: (padding, offsets): zeros added on every side, in pixels, and int64 [N, 2] with (top,
             left) of the window in the padded image, 0..2 * padding. Absent: no crop.
@@ -113,41 +143,55 @@ def normalize_images(
 
     Raises:
         ValueError: A shape, dtype, device or value is wrong. Values of offsets are checked on a
-            CPU only, since a look at them would stop a GPU, and not in compiled code.
+            CPU only, since a look at them would stop a GPU, and not in compiled code; the fused
+            backends check them there too, on a GPU by a device assertion.
     """
     padding, offsets = (0, None) if crop is None else crop
     _check(images, dtype, padding, offsets, flip)
-    scale, shift = _affine(mean, std, images.device, dtype)
-    if choose("normalize_images", images, dtype) == "native":
-        return torch.ops.dfptkd.normalize_images(
-            images, scale, shift, dtype, padding, offsets, flip
-        )
-    return normalize_images_reference(images, scale, shift, dtype, padding, offsets, flip)
+    scale, shift = _affine(mean, std, images.device)
+    backend = choose("normalize_images", images, dtype)
+    if backend != "triton" or isinstance(scale, Tensor):
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        scale, shift = (_as_tensor(v, images.device).to(work) for v in (scale, shift))
+    if backend == "reference":
+        return normalize_images_reference(images, scale, shift, dtype, padding, offsets, flip)
+    # What torch.library adds in Python takes longer than the launch for a small batch.
+    if backend == "triton" and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):
+        return _triton(images, scale, shift, dtype, padding, offsets, flip)
+    operators = torch.ops.dfptkd
+    if isinstance(scale, Tensor):
+        return operators.normalize_images(images, scale, shift, dtype, padding, offsets, flip)
+    return operators.normalize_images_numbers(images, scale, shift, dtype, padding, offsets, flip)
 
 
-def _affine(
-    mean: Channels, std: Channels, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """scale and shift, [3] each: computed in fp64, rounded once."""
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+def _affine(mean: Channels, std: Channels, device: torch.device) -> tuple[Any, Any]:
+    """scale and shift in fp64: lists where mean and std are numbers, else tensors [3]."""
     if isinstance(mean, Tensor) or isinstance(std, Tensor):
-        mean, std = _as_tensor("mean", mean, device), _as_tensor("std", std, device)
-        return (1 / (255 * std)).to(work), (-mean / std).to(work)
+        mean, std = (
+            _checked(name, _as_tensor(values, device), device)
+            for name, values in (("mean", mean), ("std", std))
+        )
+        return 1 / (255 * std), -mean / std
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std: expected 3 numbers each, std above 0, got {mean}, {std}")
-    table = [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-    scale, shift = torch.tensor(table, dtype=work).to(device, non_blocking=True)
-    return scale, shift
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
-def _as_tensor(name: str, values: Channels, device: torch.device) -> Tensor:
-    if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+def _as_tensor(values: Channels, device: torch.device) -> Tensor:
+    """fp64, made on the device: a CUDA graph cannot capture a copy from the host."""
+    if isinstance(values, Tensor):
+        return values.detach().to(torch.float64)
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=torch.float64)
+    return torch.stack([torch.full((), v, dtype=torch.float64, device=device) for v in values])
+
+
+def _checked(name: str, values: Tensor, device: torch.device) -> Tensor:
     if values.shape != (3,) or values.device != device:
         raise ValueError(
             f"{name}: expected 3 values on {device}, got {list(values.shape)} on {values.device}"
         )
-    return values.detach().to(torch.float64)
+    return values
 
 
 def _check(

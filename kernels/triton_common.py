@@ -96,6 +96,8 @@ class AotCase:
     max_registers: int = 255
     load: str | None = None
     """Shape of the global load that there must be, such as "v4.b32"; None: any."""
+    store: str | None = None
+    """The same for the global store."""
     mma: bool = False
     """Whether there must be matrix instructions."""
 
@@ -107,6 +109,7 @@ def aot_case(
     launch: Mapping[str, Any],
     max_registers: int = 255,
     load: str | None = None,
+    store: str | None = None,
     mma: bool = False,
 ) -> AotCase:
     """An `AotCase` from what a launch has at hand.
@@ -118,7 +121,7 @@ def aot_case(
         launch: Keyword arguments of the launch, constants and options mixed; an absent tensor
             is None.
         max_registers: Ceiling for a thread.
-        load, mma: As in `AotCase`.
+        load, store, mma: As in `AotCase`.
     """
     annotated = {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
     types = {**annotated, **types}
@@ -133,5 +136,6 @@ def aot_case(
         {key: value for key, value in launch.items() if key not in constexprs},
         max_registers,
         load,
+        store,
         mma,
     )

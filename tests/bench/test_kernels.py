@@ -50,6 +50,17 @@ def test_a_pair_is_measured_by_every_provider():
         assert row.gb_per_s == pytest.approx(moved / row.median_us / 1e3, abs=0.01)
 
 
+def test_images_are_measured_forward_alone():
+    rows = measure((3, 8, 6, 3))
+    fast = which_backend("normalize_images", torch.zeros(1), torch.float32)
+    ours = set() if fast == "reference" else {f"ours[{fast}]"}
+    assert {row.provider for row in rows} == {"eager", "compile", *ours}
+    for row in rows:
+        assert (row.kernel, row.passes) == ("normalize_images", "forward")
+        moved = 5 * 3 * 8 * 6 * 3 + 17 * 3  # and three offsets and flips
+        assert row.gb_per_s == pytest.approx(moved / row.median_us / 1e3, abs=0.01)
+
+
 def test_a_wide_pair_is_also_measured_on_what_it_decided_against():
     rows = measure((1, 256, 2, 2))
     assert {row.provider for row in rows} >= {"eager", "ours[reference]"}
@@ -69,7 +80,7 @@ def test_results_are_appended_never_replaced(tmp_path):
     assert list(read[0]) == [f.name for f in fields(Row)]
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (2, 32, 5, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 5), (2, 32, 5, 4), (3, 8, 6, 3)], ids=str)
 def test_a_provider_with_another_result_is_not_timed(monkeypatch, shape):
     original = bench.cases
 

@@ -18,10 +18,19 @@ import triton.language as tl
 
 from dfptkd.bench import aot
 from dfptkd.kernels import dual_path_loss_triton as loss
-from dfptkd.kernels import frozen_relu_triton, partial_pointwise_conv_triton
+from dfptkd.kernels import (
+    frozen_relu_triton,
+    normalize_images_triton,
+    partial_pointwise_conv_triton,
+)
 from dfptkd.kernels.triton_common import row_launch, shared_alignment
 
-KERNELS = (loss, frozen_relu_triton, partial_pointwise_conv_triton)
+KERNELS = (
+    loss,
+    frozen_relu_triton,
+    normalize_images_triton,
+    partial_pointwise_conv_triton,
+)
 
 
 @triton.jit
@@ -93,6 +102,9 @@ def test_each_rule_of_the_gate_can_fail(dual):
     assert "no matrix instruction" in aot.faults(dot, 90, report)[0]
     assert aot.faults(dot, 90, replace(report, mma="mma.sync")) == []
     assert "no v4.b32 load" in aot.faults(case, 90, replace(report, loads=("ld.global.b16",)))[0]
+    narrow = replace(report, stores=("st.global.b16",))
+    assert aot.faults(case, 90, narrow) == []
+    assert "no v4.b32 store" in aot.faults(replace(case, store="v4.b32"), 90, narrow)[0]
 
 
 def test_load_width_needs_the_divisibility_that_a_real_launch_has(dual):
@@ -101,6 +113,19 @@ def test_load_width_needs_the_divisibility_that_a_real_launch_has(dual):
     assert "ld.global.v4.b32" not in softmax_report(1000, aligned=(), num_warps=4).loads
     runtime_stride_of_odd = replace(case, constexprs={**case.constexprs, "ALIGN": 1})
     assert "v4.b32" in aot.faults(case, 90, aot.case_report(runtime_stride_of_odd, 90))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_images_that_stay_as_they_are_are_loaded_16_bytes_at_a_time(dtype):
+    cases = {case.name: case for case in normalize_images_triton.aot_cases(dtype)}
+    plain = aot.case_report(cases["normalize 32x32 plain"], 90)
+    assert plain.loads == ("ld.global.v4.b32",)
+    assert (plain.load_count, plain.stores) == (1, ("st.global.v4.b32",))
+    assert not plain.asserts
+    moved = aot.case_report(cases["normalize 32x32 crop flip"], 90)
+    assert moved.load_count == 16 + 2 + 1  # bytes of a thread, two offsets, the flip
+    assert moved.stores == ("st.global.v4.b32",)
+    assert moved.asserts
 
 
 @pytest.mark.parametrize(

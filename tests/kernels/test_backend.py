@@ -5,11 +5,20 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfptkd.kernels import backend, normalize_images, use_backend, which_backend
 
 IMAGES = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
 HALVES = (0.5, 0.5, 0.5)
+
+
+def cuda_images():
+    """A stand-in: no GPU is needed."""
+    with FakeTensorMode():
+        return torch.empty(1, 2, 2, 3, dtype=torch.uint8, device="cuda")
+
+
 needs_native = pytest.mark.skipif(
     backend.unavailable("native") is not None, reason=str(backend.unavailable("native"))
 )
@@ -65,12 +74,19 @@ def test_blocks_nest():
     [
         ("native", "normalize_images", IMAGES, torch.bfloat16, "does not take torch.bfloat16"),
         ("native", "normalize_images", IMAGES.to("meta"), None, "does not run on meta tensors"),
-        ("triton", "normalize_images", IMAGES, None, "has no triton backend"),
+        ("triton", "normalize_images", IMAGES, None, "does not run on cpu tensors"),
+        ("triton", "normalize_images", cuda_images(), torch.float64, "does not take torch.float64"),
     ],
 )
 def test_forced_backend_that_cannot_serve_raises(name, operation, tensor, dtype, reason):
     with use_backend(name), pytest.raises(RuntimeError, match=reason):
         which_backend(operation, tensor, dtype)
+
+
+def test_a_backend_that_an_operation_does_not_have_is_named(monkeypatch):
+    monkeypatch.setitem(backend.OPERATIONS, "normalize_images", {})
+    with use_backend("triton"), pytest.raises(RuntimeError, match="has no triton backend"):
+        which_backend("normalize_images", IMAGES)
 
 
 @pytest.mark.parametrize(

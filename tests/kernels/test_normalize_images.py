@@ -1,5 +1,6 @@
 """normalize_images against a loop in fp64, on every backend that runs here."""
 
+import importlib.util
 import itertools
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfptkd.kernels import backend, normalize_images, use_backend
 
@@ -178,6 +181,37 @@ def test_the_operator_itself_stays_in_bounds(offsets):
             torch.tensor(offsets),
             None,
         )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("kind", ["numbers", "tensors", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_on_cuda_it_is_one_operator_but_for_fp64(kind, dtype):
+    """Fake tensors need no GPU. Numbers go into the operator as they are."""
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Record():
+        images = torch.empty(2, 5, 7, 3, dtype=torch.uint8, device="cuda")
+        mean = MEAN if kind == "numbers" else torch.empty(3, device="cuda")
+        std = torch.empty(3, device="cuda") if kind == "tensors" else STD
+        flip = torch.empty(2, dtype=torch.bool, device="cuda")
+        seen.clear()
+        out = normalize_images(images, mean, std, dtype=dtype, flip=flip)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 3, 5, 7), dtype, "cuda")
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    ours = [name for name in seen if "dfptkd" in name]
+    if dtype == torch.float64:
+        assert ours == []
+    elif kind == "numbers":
+        assert seen == ["dfptkd.normalize_images_numbers.default"]
+    else:
+        assert ours == ["dfptkd.normalize_images.default"]
+    assert not any("lift" in name for name in seen)  # torch.tensor: a copy from the host
 
 
 @needs_native
