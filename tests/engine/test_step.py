@@ -389,25 +389,34 @@ def test_a_mode_that_cannot_be_is_refused_and_auto_says_why():
         choose_mode(scaled, cuda)
 
 
+def way(step, start):
+    """How far every parameter is from where it started, as one vector."""
+    return torch.cat([(p - s).detach().flatten() for p, s in zip(step.params, start, strict=True)])
+
+
 @pytest.mark.parametrize("method", ["kd", "dkd", "dfpt", "dfpt_plus"])
 def test_compiled_steps_follow_eager_ones_without_breaks_or_recompiles(method):
-    """Warm-up of the distillation included: its factor must not be compiled in."""
+    """Warm-up of the distillation included: its factor must not be compiled in.
+
+    Rounding moves an activation across a ReLU's edge now and then, which in so small a network is
+    some percent of a gradient: the ways are compared as a whole.
+    """
     torch.compiler.reset()
     loss = LossConfig(warmup_epochs=0.5)
-    eager = make_step(method, loss=loss)
-    compiled = make_step(method, loss=loss, step=StepConfig(mode="compile"))
-    first, second, *rest = batches(count=4)
-    for i, batch in enumerate((first, second)):  # the first compiles
-        eager(batch, i)
-        compiled(batch, i)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for i, batch in enumerate(rest, start=2):
+    optim, faster = (dataclasses.replace(OPTIM, lr=lr) for lr in (1e-3, 1.25e-3))
+    eager = make_step(method, loss=loss, optim=optim)
+    compiled = make_step(method, loss=loss, optim=optim, step=StepConfig(mode="compile"))
+    start = [p.detach().clone() for p in eager.params]
+    for i, batch in enumerate(batches(count=4)):
+        stance = "default" if i < 2 else "fail_on_recompile"  # the first compiles
+        with torch.compiler.set_stance(stance):
             eager(batch, i)
             compiled(batch, i)
-    for (name, a), b in zip(
-        eager.method.trained_state().items(), compiled.method.trained_state().values(), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
-    torch.testing.assert_close(eager.meter.sums, compiled.meter.sums, rtol=1e-4, atol=1e-4)
+        if i == 0:
+            torch.testing.assert_close(eager.meter.sums, compiled.meter.sums, rtol=1e-4, atol=1e-4)
+    ours, theirs = way(compiled, start), way(eager, start)
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
+    other = train(make_step(method, loss=loss, optim=faster), count=4)
+    assert (way(other, start) - theirs).norm() > 0.1 * theirs.norm()  # the measure sees that much
     with compiled.plainly():  # evaluation has other shapes
         compiled.method.student.eval()(torch.zeros(3, 3, 16, 16))
