@@ -283,9 +283,6 @@ class StepConfig:
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """eager: PyTorch's own; compile: teacher, student and loss as compiled regions; graph: these
     and everything else of a step in one CUDA graph; auto: the fastest that applies."""
-    joint_paths: Literal["auto", "on", "off"] = "auto"
-    """dfpt: run both teacher paths of the later stages as one batch of twice the size; auto: where
-    a measurement says that it is faster."""
     max_skips: int = 10
     """Steps of an epoch that may be skipped because their loss or gradients are not finite."""
 

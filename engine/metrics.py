@@ -84,6 +84,40 @@ def predict(
     return torch.cat([model(normalise(batch)).float() for batch in batches])
 
 
+class CapturedForward:
+    """A forward pass without gradient as one CUDA graph for each shape of its input.
+
+    The graph reads parameters and statistics where they lie, and so sees them as they are when it
+    is replayed; whoever moves them elsewhere needs a new one.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.forward = forward
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The output for `images`, in memory of its own."""
+        if images.shape not in self.graphs:
+            self.graphs[images.shape] = self._capture(images)
+        graph, inputs, output = self.graphs[images.shape]
+        inputs.copy_(images)
+        graph.replay()
+        return output.clone()
+
+    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        inputs = images.clone()
+        side = torch.cuda.Stream(images.device)
+        side.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(side):
+            self.forward(inputs)
+        torch.cuda.current_stream(images.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = self.forward(inputs)
+        return graph, inputs, output
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Top-1 and top-5 in percent."""
     labels = labels.to(logits.device)
@@ -105,18 +139,35 @@ def evaluate(
 
 
 class Evaluator:
-    """Evaluates all paths of a method; the frozen teacher's test logits are computed once."""
+    """Evaluates all paths of a method; the frozen teacher's test logits are computed once.
 
-    def __init__(self, method: Method, data: ImageData, *, batch_size: int, workers: int) -> None:
-        self.method, self.data = method, data
+    Args:
+        method: The method.
+        data: Its data set.
+        batch_size: Images in a step.
+        workers: As in `test_batches`.
+        captured: Run each forward pass as a CUDA graph, for a method that stays where it is.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: ImageData,
+        *,
+        batch_size: int,
+        workers: int,
+        captured: bool = False,
+    ) -> None:
+        self.method, self.data, self.captured = method, data, captured
         self.options = {"batch_size": batch_size, "workers": workers}
         self.teacher_logits: Tensor | None = None
+        self.forwards: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def teacher(self) -> dict[str, float] | None:
         """top1 and top5 of the original path, in percent; None for a method without teacher."""
         if self.method.term_names == ("ce",):
             return None
-        with eval_mode(self.method):
+        with eval_mode(self.method):  # once: not worth a graph
             self.teacher_logits = predict(self.method.teacher_logits, self.data, **self.options)  # type: ignore
         top1, top5 = accuracy(self.teacher_logits, self.data.test.labels)
         return {"top1": top1, "top5": top5}
@@ -126,21 +177,39 @@ class Evaluator:
         method, labels = self.method, self.data.test.labels
         prompt, norms = None, {}
         with eval_mode(method):
-            student = predict(method.student, self.data, **self.options)
+            student = self._predict("student", method.student)
             if isinstance(method, DualPathDistillation):
-                with method.teacher.prompt_norms() as norms:
-                    prompt = predict(method.prompt_logits, self.data, **self.options)
+                norms, prompt = self._prompt_path(method)
         row = _accuracy_columns("student", student, labels)
         if ema is not None:
-            row["test/ema_top1"] = evaluate(ema, self.data, **self.options)["top1"]
+            with eval_mode(ema):
+                averaged = self._predict("ema", ema)
+            row["test/ema_top1"] = accuracy(averaged, labels)[0]
         if prompt is not None:
             row |= _accuracy_columns("prompt", prompt, labels)
-        for stage, (ratio_sum, images) in norms.items():
-            row[f"prompt_norm/{stage}"] = (ratio_sum / images).item()
+        row |= {f"prompt_norm/{stage}": norm for stage, norm in norms.items()}
         if self.teacher_logits is not None:
             row |= _accuracy_columns("teacher", self.teacher_logits, labels)
             row |= path_divergence(student, prompt, self.teacher_logits, labels, method.loss.tau)
         return row
+
+    def _predict(self, name: str, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        if name not in self.forwards:
+            self.forwards[name] = CapturedForward(forward) if self.captured else forward
+        return predict(self.forwards[name], self.data, **self.options)  # type: ignore[arg-type]
+
+    def _prompt_path(self, method: DualPathDistillation) -> tuple[dict[str, float], Tensor]:
+        """Mean ||P_i(x_i)|| / ||x_i|| of each stage, and the logits [N, C]."""
+        stages = list(method.teacher.pairs)
+
+        def forward(images: Tensor) -> Tensor:  # logits, then the ratio of each stage: [B, C + N]
+            with method.teacher.prompt_norms() as ratios:
+                logits = method.prompt_logits(images).float()
+            return torch.cat([logits, torch.stack([ratios[s] for s in stages], dim=1)], dim=1)
+
+        found = self._predict("prompt", forward)
+        logits, ratios = found.split([found.shape[1] - len(stages), len(stages)], dim=1)
+        return dict(zip(stages, ratios.mean(dim=0).tolist(), strict=True)), logits.contiguous()
 
 
 def path_divergence(

@@ -131,7 +131,7 @@ class TrainStep:
         self.ema = build_ema(method.student, config.optim.ema_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.meter = EpochMeter(method.term_names, device)
-        self.normalise = normaliser(data)
+        self.normalise = normaliser(data, DTYPES.get(self.precision, torch.float32))
         self.image_parts = self._image_parts
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch

@@ -55,7 +55,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume",
     "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
     "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
-    "teacher.global_batch", "step.mode", "step.joint_paths", "step.max_skips",
+    "teacher.global_batch", "step.mode", "step.max_skips",
 }  # fmt: skip
 
 
@@ -227,7 +227,11 @@ class Trainer:
             device=device,
         )
         self.evaluator = Evaluator(
-            method, data, batch_size=config.eval_batch, workers=config.data.workers
+            method,
+            data,
+            batch_size=config.eval_batch,
+            workers=config.data.workers,
+            captured=self.step.mode == "graph",
         )
         self.progress = Progress()
         self.teacher_sha256: str | None = None

@@ -229,21 +229,16 @@ class DualPathTeacher(nn.Module):
 
     @contextmanager
     def prompt_norms(self) -> Iterator[dict[str, Tensor]]:
-        """Collects the mean of ||P_i(x_i)|| / ||x_i|| per stage from every forward pass made
-        inside (M47).
+        """Collects ||P_i(x_i)|| / ||x_i|| of every image in the forward pass made inside (M47).
 
         Yields:
-            Stage name -> (sum of ratios, number of images), both 0-d on the device, as a [2]
-            tensor.
+            Stage name -> [B], fp32, on the device.
         """
         ratios: dict[str, Tensor] = {}
 
         def record(name: str, x: Tensor, prompt: Tensor) -> None:
-            ratio_B = prompt.float().flatten(1).norm(dim=1) / x.float().flatten(1).norm(
-                dim=1
-            ).clamp(min=1e-12)
-            entry = torch.stack([ratio_B.sum(), ratio_B.new_full((), len(ratio_B))]).detach()
-            ratios[name] = ratios[name] + entry if name in ratios else entry
+            norm = x.float().flatten(1).norm(dim=1).clamp(min=1e-12)
+            ratios[name] = (prompt.float().flatten(1).norm(dim=1) / norm).detach()
 
         for name, pair in self.pairs.items():
             pair.observer = functools.partial(record, name)  # type: ignore[assignment]
