@@ -20,6 +20,8 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -49,7 +51,9 @@ constexpr int64_t kMacsPerThread = 1 << 18;  // less is not worth waking a threa
 // registers. Chosen at run time, so that one library serves every CPU.
 template <int kLanes_, int kRows_, int kSpan_, int kOut_>
 struct Machine {
-  using Narrow = Machine<std::min(kLanes_, kNarrow), kRows_, kSpan_, kOut_>;
+  template <int kOther>
+  using With = Machine<kOther, kRows_, kSpan_, kOut_>;  // vectors of other lanes
+  using Narrow = With<std::min(kLanes_, kNarrow)>;
   static constexpr int kLanes = kLanes_;  // fp32 values of a vector
   static constexpr int kRows = kRows_;    // rows of a matrix tile
   static constexpr int kCols = 2;         // vectors in a row of it
@@ -61,6 +65,17 @@ struct Machine {
 using Avx512 = Machine<16, 8, 4, 4>;  // 32 registers
 using Avx2 = Machine<8, 4, 2, 2>;     // 16 registers
 using Baseline = Machine<4, 4, 2, 2>;
+
+// Calls f with the constants 0 ... kCount - 1. Tiles that are indexed by constants alone live in
+// registers; plain loops are unrolled too late for that, and the tile would go through memory.
+template <int kCount, class F>
+DFPTKD_INLINE void unroll(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+#define DFPTKD_EACH(index) [&](auto index) __attribute__((always_inline))
 
 // By reference: passed by value, vectors are part of an ABI that depends on the machine.
 template <class M>
@@ -79,7 +94,8 @@ DFPTKD_INLINE void store(float* p, const typename M::Vec& v, int64_t count) {
   if (count >= M::kLanes) {
     vector_at<M>(p) = v;
   } else if (count > 0) {
-    std::memcpy(p, &v, count * sizeof(float));
+    const typename M::Vec copy = v;  // v itself may stay in a register
+    std::memcpy(p, &copy, count * sizeof(float));
   }
 }
 
@@ -95,26 +111,49 @@ struct Matrix {
   int64_t row, col;
 };
 
+// Asks for memory that is read soon, a share at every step of a product: products are long, the
+// processor does not look past them by itself, and the passes between them would wait for memory.
+class Ahead {
+ public:
+  explicit Ahead(int64_t steps) : steps_(std::max<int64_t>(steps, 1)) {}
+
+  void add(const float* from, int64_t floats) {
+    streams_[count_++] = {from, from + floats, round_up((floats + steps_ - 1) / steps_, kLine)};
+  }
+  DFPTKD_INLINE void step() {
+    for (int i = 0; i < count_; ++i) {
+      Stream& s = streams_[i];
+      for (int64_t n = 0; n < s.share && s.next < s.end; n += kLine, s.next += kLine) {
+        __builtin_prefetch(s.next, 0, 2);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;  // floats of a cache line
+  struct Stream {
+    const float *next, *end;
+    int64_t share;
+  };
+  Stream streams_[4];
+  int count_ = 0;
+  int64_t steps_;
+};
+
 // kRows x (kCols vectors) of a @ b, kept in registers.
 template <class M, int kRows, int kCols>
 DFPTKD_INLINE void multiply_tile(const Matrix& a, const float* b, int64_t b_row, int64_t depth,
                                  typename M::Vec (&sum)[kRows][kCols]) {
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kCols; ++c) {
-      sum[r][c] = typename M::Vec{};
-    }
-  }
+  unroll<kRows>(DFPTKD_EACH(r) {
+    unroll<kCols>(DFPTKD_EACH(c) { sum[r][c] = typename M::Vec{}; });
+  });
   for (int64_t k = 0; k < depth; ++k) {
     typename M::Vec line[kCols];
-    for (int c = 0; c < kCols; ++c) {
-      line[c] = vector_at<M>(b + k * b_row + c * M::kLanes);
-    }
+    unroll<kCols>(DFPTKD_EACH(c) { line[c] = vector_at<M>(b + k * b_row + c * M::kLanes); });
     const float* column = a.data + k * a.col;
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kCols; ++c) {
-        sum[r][c] += column[r * a.row] * line[c];
-      }
-    }
+    unroll<kRows>(DFPTKD_EACH(r) {
+      unroll<kCols>(DFPTKD_EACH(c) { sum[r][c] += column[r * a.row] * line[c]; });
+    });
   }
 }
 
@@ -169,30 +208,42 @@ DFPTKD_INLINE void multiply_rows(const Matrix& a, const float* panel, const Pane
                                  typename M::Vec* sums, typename M::Vec* squared_sums) {
   typename M::Vec tile[kRows][kCols];
   multiply_tile<M>(a, panel, panels.width, panels.depth, tile);
-  for (int c = 0; c < kCols; ++c) {
+  unroll<kCols>(DFPTKD_EACH(c) {
     typename M::Vec sum{}, squared_sum{};  // of these rows first: small sums round little
-    for (int r = 0; r < kRows; ++r) {
+    unroll<kRows>(DFPTKD_EACH(r) {
       store<M>(out + r * stride + c * M::kLanes, tile[r][c], columns - c * M::kLanes);
       if constexpr (kSums) {
         sum += tile[r][c];
         squared_sum += tile[r][c] * tile[r][c];
       }
-    }
+    });
     if constexpr (kSums) {
       sums[c] += sum;
       squared_sums[c] += squared_sum;
     }
+  });
+}
+
+// to += the first `count` lanes of the vectors.
+template <class M, int kCols>
+DFPTKD_INLINE void add_to(const typename M::Vec (&from)[kCols], int64_t count, double* to) {
+  float lanes[kCols * M::kLanes];
+  unroll<kCols>(DFPTKD_EACH(c) { vector_at<M>(lanes + c * M::kLanes) = from[c]; });
+#pragma omp simd
+  for (int64_t n = 0; n < count; ++n) {
+    to[n] += lanes[n];
   }
 }
 
 template <class M, int kCols, bool kSums>
 DFPTKD_INLINE void multiply_panel(const Matrix& a, int64_t rows, const Panels& panels,
-                                  int64_t column, const Product& out) {
+                                  int64_t column, const Product& out, Ahead& ahead) {
   const float* panel = panels.from(column);
   const int64_t columns = std::min<int64_t>(panels.columns - column, kCols * M::kLanes);
   typename M::Vec sums[kCols] = {}, squared_sums[kCols] = {};
   int64_t row = 0;
   for (; row + M::kRows <= rows; row += M::kRows) {
+    ahead.step();
     multiply_rows<M, M::kRows, kCols, kSums>(
         {a.data + row * a.row, a.row, a.col}, panel, panels,
         out.data + row * out.stride + column, out.stride, columns, sums, squared_sums);
@@ -203,23 +254,21 @@ DFPTKD_INLINE void multiply_panel(const Matrix& a, int64_t rows, const Panels& p
         out.data + row * out.stride + column, out.stride, columns, sums, squared_sums);
   }
   if constexpr (kSums) {
-    for (int64_t n = 0; n < columns; ++n) {
-      out.sums[column + n] += sums[n / M::kLanes][n % M::kLanes];
-      out.squared_sums[column + n] += squared_sums[n / M::kLanes][n % M::kLanes];
-    }
+    add_to<M>(sums, columns, out.sums + column);
+    add_to<M>(squared_sums, columns, out.squared_sums + column);
   }
 }
 
 // out = a[rows, depth] @ panels.
 template <class M, bool kSums>
 DFPTKD_INLINE void multiply(const Matrix& a, int64_t rows, const Panels& panels,
-                            const Product& out) {
+                            const Product& out, Ahead& ahead) {
   int64_t column = 0;
   for (; panels.columns - column > M::kLanes; column += M::kPanel) {
-    multiply_panel<M, M::kCols, kSums>(a, rows, panels, column, out);
+    multiply_panel<M, M::kCols, kSums>(a, rows, panels, column, out, ahead);
   }
   if (column < panels.columns) {
-    multiply_panel<M, 1, kSums>(a, rows, panels, column, out);
+    multiply_panel<M, 1, kSums>(a, rows, panels, column, out, ahead);
   }
 }
 
@@ -228,19 +277,19 @@ DFPTKD_INLINE void accumulate_rows(const Matrix& a, const float* b, int64_t b_ro
                                    float* out, int64_t out_row) {
   typename M::Vec tile[kRows][kCols];
   multiply_tile<M>(a, b, b_row, depth, tile);
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kCols; ++c) {
-      float* place = out + r * out_row + c * M::kLanes;
-      vector_at<M>(place) += tile[r][c];
-    }
-  }
+  unroll<kRows>(DFPTKD_EACH(r) {
+    unroll<kCols>(DFPTKD_EACH(c) {
+      vector_at<M>(out + r * out_row + c * M::kLanes) += tile[r][c];
+    });
+  });
 }
 
 template <class M, int kCols>
 DFPTKD_INLINE void accumulate_panel(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
-                                    int64_t depth, float* out, int64_t out_row) {
+                                    int64_t depth, float* out, int64_t out_row, Ahead& ahead) {
   int64_t row = 0;
   for (; row + M::kRows <= rows; row += M::kRows) {
+    ahead.step();
     accumulate_rows<M, M::kRows, kCols>({a.data + row * a.row, a.row, a.col}, b, b_row, depth,
                                         out + row * out_row, out_row);
   }
@@ -254,13 +303,14 @@ DFPTKD_INLINE void accumulate_panel(const Matrix& a, int64_t rows, const float* 
 // columns of b is read, what stands past those of out is written.
 template <class M>
 DFPTKD_INLINE void accumulate(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
-                              int64_t depth, int64_t columns, float* out, int64_t out_row) {
+                              int64_t depth, int64_t columns, float* out, int64_t out_row,
+                              Ahead& ahead) {
   int64_t column = 0;
   for (; columns - column > M::kLanes; column += M::kPanel) {
-    accumulate_panel<M, M::kCols>(a, rows, b + column, b_row, depth, out + column, out_row);
+    accumulate_panel<M, M::kCols>(a, rows, b + column, b_row, depth, out + column, out_row, ahead);
   }
   if (column < columns) {
-    accumulate_panel<M, 1>(a, rows, b + column, b_row, depth, out + column, out_row);
+    accumulate_panel<M, 1>(a, rows, b + column, b_row, depth, out + column, out_row, ahead);
   }
 }
 
@@ -317,31 +367,47 @@ struct Planes {
   }
 };
 
-// The first channels of images [pixels, stride] into planes, whose borders are zero already.
-void to_planes(const float* pixels, int64_t stride, int64_t images, const Planes& p,
-               float* planes) {
-  for (int64_t y = 0; y < images * p.height; ++y) {
-    for (int64_t c = 0; c < p.channels; ++c) {
-      const float* from = pixels + y * p.width * stride + c;
-      float* to = planes + p.origin(c, y / p.height) + y % p.height * p.row;
-      for (int64_t x = 0; x < p.width; ++x) {
-        to[x] = from[x * stride];
-      }
+// to[j * to_row + i] = from[i * from_row + j] for i < rows, j < cols.
+DFPTKD_INLINE void transpose(const float* from, int64_t from_row, int64_t rows, int64_t cols,
+                             float* to, int64_t to_row) {
+  using Four = Machine<4, 1, 1, 1>;  // blocks of 4 x 4 are transposed in registers
+  int64_t j = 0;
+  for (; j + 4 <= cols; j += 4) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+      Four::Vec block[4];
+      unroll<4>(DFPTKD_EACH(k) { block[k] = vector_at<Four>(from + (i + k) * from_row + j); });
+      unroll<4>(DFPTKD_EACH(k) {
+        vector_at<Four>(to + (j + k) * to_row + i) =
+            Four::Vec{block[0][k()], block[1][k()], block[2][k()], block[3][k()]};
+      });
+    }
+    for (; i < rows; ++i) {
+      unroll<4>(DFPTKD_EACH(k) { to[(j + k) * to_row + i] = from[i * from_row + j + k]; });
+    }
+  }
+  for (; j < cols; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      to[j * to_row + i] = from[i * from_row + j];
     }
   }
 }
 
-// And back; `planes` starts at the first pixel of plane 0.
-void from_planes(const float* planes, int64_t images, const Planes& p, float* pixels,
-                 int64_t stride) {
+// The first channels of images [pixels, stride] into planes, whose borders are zero already.
+DFPTKD_INLINE void to_planes(const float* pixels, int64_t stride, int64_t images, const Planes& p,
+                             float* planes) {
   for (int64_t y = 0; y < images * p.height; ++y) {
-    for (int64_t c = 0; c < p.channels; ++c) {
-      const float* from = planes + c * p.size + y / p.height * p.image + y % p.height * p.row;
-      float* to = pixels + y * p.width * stride + c;
-      for (int64_t x = 0; x < p.width; ++x) {
-        to[x * stride] = from[x];
-      }
-    }
+    transpose(pixels + y * p.width * stride, stride, p.width, p.channels,
+              planes + p.origin(0, y / p.height) + y % p.height * p.row, p.size);
+  }
+}
+
+// And back; `planes` starts at the first pixel of plane 0.
+DFPTKD_INLINE void from_planes(const float* planes, int64_t images, const Planes& p, float* pixels,
+                               int64_t stride) {
+  for (int64_t y = 0; y < images * p.height; ++y) {
+    transpose(planes + y / p.height * p.image + y % p.height * p.row, p.size, p.channels, p.width,
+              pixels + y * p.width * stride, stride);
   }
 }
 
@@ -355,21 +421,17 @@ DFPTKD_INLINE void convolve_tile(const float* in, const float* weight, const Pla
     const float* taps = weight + line * p.kernel * p.channels + first;
     for (int64_t dx = 0; dx < p.kernel; ++dx, taps += p.channels) {
       typename M::Vec pixels[kCols];
-      for (int v = 0; v < kCols; ++v) {
-        pixels[v] = vector_at<M>(lines + dx + at[v]);
-      }
-      for (int o = 0; o < kOut; ++o) {
-        for (int v = 0; v < kCols; ++v) {
-          sum[o][v] += taps[o] * pixels[v];
-        }
-      }
+      unroll<kCols>(DFPTKD_EACH(v) { pixels[v] = vector_at<M>(lines + dx + at[v]); });
+      unroll<kOut>(DFPTKD_EACH(o) {
+        unroll<kCols>(DFPTKD_EACH(v) { sum[o][v] += taps[o] * pixels[v]; });
+      });
     }
   }
-  for (int o = 0; o < kOut; ++o) {
-    for (int v = 0; v < kCols; ++v) {
+  unroll<kOut>(DFPTKD_EACH(o) {
+    unroll<kCols>(DFPTKD_EACH(v) {
       vector_at<M>(out + (first + o) * p.size + at[v]) = sum[o][v];
-    }
-  }
+    });
+  });
 }
 
 template <class M, int kOut>
@@ -413,14 +475,13 @@ DFPTKD_INLINE void convolve(const float* in, const float* weight, const Planes& 
 
 template <class M>
 DFPTKD_INLINE float sum_of(const typename M::Vec& v) {
-  float lanes[M::kLanes];
-  std::memcpy(lanes, &v, sizeof(lanes));
-  for (int half = M::kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      lanes[i] += lanes[i + half];
-    }
+  if constexpr (M::kLanes == 1) {
+    return v[0];
+  } else {
+    using Half = typename M::template With<M::kLanes / 2>;
+    const auto* lanes = reinterpret_cast<const float*>(&v);
+    return sum_of<Half>(vector_at<Half>(lanes) + vector_at<Half>(lanes + Half::kLanes));
   }
-  return lanes[0];
 }
 
 // kTaps neighboring taps of one line of the kernel, for kOut output planes.
@@ -430,18 +491,18 @@ DFPTKD_INLINE void correlate_tile(const float* in, const float* grad, const Plan
   typename M::Vec sum[kOut][kTaps] = {};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = p.vectors[i];
-    for (int t = 0; t < kTaps; ++t) {
+    unroll<kTaps>(DFPTKD_EACH(t) {
       const typename M::Vec pixels = vector_at<M>(in + t + at);
-      for (int o = 0; o < kOut; ++o) {
+      unroll<kOut>(DFPTKD_EACH(o) {
         sum[o][t] += vector_at<M>(grad + o * p.size + at) * pixels;
-      }
-    }
+      });
+    });
   }
-  for (int t = 0; t < kTaps; ++t) {
-    for (int o = 0; o < kOut; ++o) {
+  unroll<kTaps>(DFPTKD_EACH(t) {
+    unroll<kOut>(DFPTKD_EACH(o) {
       weight_grad[t * p.channels + o] += sum_of<M>(sum[o][t]);
-    }
-  }
+    });
+  });
 }
 
 template <class M, int kOut>
@@ -498,8 +559,8 @@ struct Input {
   const float* x;
   const float* residual;  // or null
   std::vector<float> scale, shift;
-  float floor;    // 0 with ReLU, else -inf
-  bool is_plain;  // h is x itself, and its rows are whole vectors
+  float floor;       // 0 with ReLU, else -inf
+  bool is_identity;  // h, before the convolution, is x itself
   Planes planes;
   bool has_conv;
   std::vector<float> conv_weight;  // [c][dy][dx][o]
@@ -508,6 +569,15 @@ struct Input {
   int64_t width() const { return out_channels / groups; }
   int64_t units() const { return (pixels + unit - 1) / unit; }
   int64_t images(int64_t count) const { return count / (planes.height * planes.width); }
+
+  // Asks for the values that the walk reads after those of `tile`: of the next tile, or of the same
+  // tile of the next images.
+  void ask_for(const float* values, int64_t stride, int64_t tile, Ahead& ahead) const {
+    const int64_t next = tile + (has_conv ? unit : kTile);
+    if (values != nullptr && next < pixels) {
+      ahead.add(values + next * stride, std::min(kTile, pixels - next) * stride);
+    }
+  }
 };
 
 // Buffers of one thread.
@@ -561,7 +631,7 @@ DFPTKD_INLINE const float* hidden_tile(const Input& in, int64_t first, int64_t t
   if (in.has_conv) {
     return s.hidden.data() + (tile - first) * in.channels;
   }
-  if (in.is_plain) {
+  if (in.is_identity && in.depth() % kMaxLanes == 0) {  // its rows are read in whole vectors
     return in.x + tile * in.channels;
   }
   activate(in, tile, rows, s.hidden.data());
@@ -578,6 +648,7 @@ struct Forward {
 template <class M>
 DFPTKD_INLINE void forward_units(const Forward& f, int64_t begin, int64_t end, double* sums) {
   const Input& in = f.in;
+  const int64_t panels = round_up(in.width(), M::kPanel) / M::kPanel;
   Scratch s(in);
   for (int64_t u = begin; u < end; ++u) {
     const int64_t first = u * in.unit, last = std::min(first + in.unit, in.pixels);
@@ -587,11 +658,17 @@ DFPTKD_INLINE void forward_units(const Forward& f, int64_t begin, int64_t end, d
     for (int64_t tile = first; tile < last; tile += kTile) {
       const int64_t rows = std::min(kTile, last - tile);
       const float* hidden = hidden_tile(in, first, tile, rows, s);
+      Ahead ahead(in.groups * panels * (kTile / M::kRows));
+      if (!in.is_identity) {  // a product that reads x itself asks for it well enough
+        in.ask_for(in.x, in.channels, tile, ahead);
+        in.ask_for(in.residual, in.channels, tile, ahead);
+      }
       for (int64_t g = 0; g < in.groups; ++g) {
         double* group_sums = sums + g * in.width();
         multiply<M, true>({hidden + g * in.depth(), in.channels, 1}, rows, f.weight[g],
                           {f.y + tile * in.out_channels + g * in.width(), in.out_channels,
-                           group_sums, group_sums + in.out_channels});
+                           group_sums, group_sums + in.out_channels},
+                          ahead);
       }
     }
   }
@@ -609,6 +686,11 @@ struct Backward {
   bool needs_weights;
 
   bool needs_hidden() const { return grad_x != nullptr || grad_residual != nullptr; }
+  // Where dh of a tile is made: in the gradient that it is itself, where there is one.
+  float* place_of_hidden(int64_t tile, float* buffer) const {
+    float* place = grad_residual != nullptr ? grad_residual : in.is_identity ? grad_x : nullptr;
+    return place != nullptr ? place + tile * in.channels : buffer;
+  }
   int64_t weight_row() const { return round_up(in.depth(), 2 * kMaxLanes); }
 };
 
@@ -655,40 +737,54 @@ DFPTKD_INLINE const float* upstream_tile(const Backward& b, int64_t first, int64
   return buffer;
 }
 
-// From dh of `rows` pixels to the gradients of x, residual, scale and shift.
+// From dh of `rows` pixels to the gradients of x, scale and shift; one vector of channels from
+// `channel` on.
+template <class M>
+DFPTKD_INLINE void finish_channels(const Backward& b, int64_t first, int64_t rows, int64_t channel,
+                                   const float* dh, Gradients& gradients) {
+  using Vec = typename M::Vec;
+  const int64_t stride = b.in.channels;
+  const Vec scale = vector_at<M>(b.in.scale.data() + channel);
+  const Vec shift = vector_at<M>(b.in.shift.data() + channel);
+  const Vec floor = Vec{} + b.in.floor;
+  const float* x = b.in.x + first * stride + channel;
+  float* grad_x = b.grad_x + first * stride + channel;
+  Vec d_scale[1] = {}, d_shift[1] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec value = vector_at<M>(x + r * stride);
+    const Vec grad = vector_at<M>(dh + r * stride + channel);
+    const Vec da = value * scale + shift <= floor ? Vec{} : grad;
+    d_scale[0] += da * value;
+    d_shift[0] += da;
+    vector_at<M>(grad_x + r * stride) = da * scale;
+  }
+  add_to<M>(d_scale, M::kLanes, gradients.scale.data() + channel);
+  add_to<M>(d_shift, M::kLanes, gradients.shift.data() + channel);
+}
+
+// The channels from `channel` on: by whole vectors, and ever smaller ones for the rest.
+template <class M>
+DFPTKD_INLINE void finish_from(const Backward& b, int64_t first, int64_t rows, int64_t channel,
+                               const float* dh, Gradients& gradients) {
+  for (; channel + M::kLanes <= b.in.channels; channel += M::kLanes) {
+    finish_channels<M>(b, first, rows, channel, dh, gradients);
+  }
+  if constexpr (M::kLanes > 1) {
+    finish_from<typename M::template With<M::kLanes / 2>>(b, first, rows, channel, dh, gradients);
+  }
+}
+
+template <class M>
 DFPTKD_INLINE void finish_tile(const Backward& b, int64_t first, int64_t rows, const float* dh,
-                               float* scale_sums, Gradients& gradients) {
-  const Input& in = b.in;
-  const int64_t channels = in.channels;
-  if (b.grad_residual != nullptr) {
+                               Gradients& gradients) {
+  const int64_t channels = b.in.channels;
+  if (b.grad_residual != nullptr && dh != b.grad_residual + first * channels) {
     std::copy_n(dh, rows * channels, b.grad_residual + first * channels);
   }
-  if (b.grad_x == nullptr) {
+  if (b.grad_x == nullptr || dh == b.grad_x + first * channels) {
     return;
   }
-  const float* __restrict scale = in.scale.data();
-  const float* __restrict shift = in.shift.data();
-  float* __restrict d_scale = scale_sums;
-  float* __restrict d_shift = scale_sums + channels;
-  const float floor = in.floor;
-  std::fill_n(scale_sums, 2 * channels, 0.0f);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* __restrict x = in.x + (first + r) * channels;
-    const float* __restrict d = dh + r * channels;
-    float* __restrict grad_x = b.grad_x + (first + r) * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const float da = x[c] * scale[c] + shift[c] <= floor ? 0.0f : d[c];
-      d_scale[c] += da * x[c];
-      d_shift[c] += da;
-      grad_x[c] = da * scale[c];
-    }
-  }
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    gradients.scale[c] += d_scale[c];
-    gradients.shift[c] += d_shift[c];
-  }
+  finish_from<M>(b, first, rows, 0, dh, gradients);
 }
 
 // Units [begin, end).
@@ -697,8 +793,11 @@ DFPTKD_INLINE void backward_units(const Backward& b, int64_t begin, int64_t end,
                                   Gradients& gradients) {
   const Input& in = b.in;
   const int64_t width = in.width(), depth = in.depth(), row = b.weight_row();
+  const int64_t panels = round_up(depth, M::kPanel) / M::kPanel;
+  const int64_t steps =
+      in.groups * panels * ((b.needs_weights ? width : 0) + kTile) / M::kRows;
   Scratch s(in);
-  std::vector<float> upstream(kTile * in.out_channels), scale_sums(2 * in.channels);
+  std::vector<float> upstream(kTile * in.out_channels);
   std::vector<float> dh((in.has_conv ? in.unit : kTile) * in.channels);
   std::vector<float> grad_planes(s.planes.size()), point_weight(gradients.point_weight.size());
   for (int64_t u = begin; u < end; ++u) {
@@ -709,21 +808,28 @@ DFPTKD_INLINE void backward_units(const Backward& b, int64_t begin, int64_t end,
     for (int64_t tile = first; tile < last; tile += kTile) {
       const int64_t rows = std::min(kTile, last - tile);
       const float* g = upstream_tile(b, tile, rows, upstream.data());
+      Ahead ahead(steps);
+      in.ask_for(b.grad_y, in.out_channels, tile, ahead);
+      in.ask_for(b.grad_sums.empty() ? nullptr : b.y, in.out_channels, tile, ahead);
+      in.ask_for(in.x, in.channels, tile, ahead);
+      in.ask_for(in.residual, in.channels, tile, ahead);
       if (b.needs_weights) {
         const float* hidden = hidden_tile(in, first, tile, rows, s);
         for (int64_t i = 0; i < in.groups; ++i) {
           accumulate<M>({g + i * width, 1, in.out_channels}, width, hidden + i * depth,
-                        in.channels, rows, depth, point_weight.data() + i * width * row, row);
+                        in.channels, rows, depth, point_weight.data() + i * width * row, row,
+                        ahead);
         }
       }
       if (b.needs_hidden() || in.has_conv) {
-        float* dh_tile = dh.data() + (in.has_conv ? (tile - first) * in.channels : 0);
+        float* dh_tile = in.has_conv ? dh.data() + (tile - first) * in.channels
+                                     : b.place_of_hidden(tile, dh.data());
         for (int64_t i = 0; i < in.groups; ++i) {
           multiply<M, false>({g + i * width, in.out_channels, 1}, rows, b.weight[i],
-                             {dh_tile + i * depth, in.channels, nullptr, nullptr});
+                             {dh_tile + i * depth, in.channels, nullptr, nullptr}, ahead);
         }
         if (!in.has_conv) {
-          finish_tile(b, tile, rows, dh_tile, scale_sums.data(), gradients);
+          finish_tile<M>(b, tile, rows, dh_tile, gradients);
         }
       }
     }
@@ -739,8 +845,8 @@ DFPTKD_INLINE void backward_units(const Backward& b, int64_t begin, int64_t end,
                     s.convolved.data());
         from_planes(s.convolved.data(), images, in.planes, dh.data(), in.channels);
         for (int64_t tile = first; tile < last; tile += kTile) {
-          finish_tile(b, tile, std::min(kTile, last - tile),
-                      dh.data() + (tile - first) * in.channels, scale_sums.data(), gradients);
+          finish_tile<M>(b, tile, std::min(kTile, last - tile),
+                         dh.data() + (tile - first) * in.channels, gradients);
         }
       }
     }
@@ -874,7 +980,6 @@ Input make_input(Values& values, const Tensor& x, const std::optional<Tensor>& s
   // No more than a thread's share.
   const int64_t unit = std::clamp<int64_t>(round_up(pixels / threads, kTile), kTile, kUnit);
   const int64_t images = has_conv ? (unit + image - 1) / image : 1;
-  const bool is_identity = !scale && !shift && !relu && !residual;
   Input in{.pixels = pixels,
            .channels = channels,
            .out_channels = out_channels,
@@ -885,7 +990,7 @@ Input make_input(Values& values, const Tensor& x, const std::optional<Tensor>& s
            .scale = values.copy(scale, channels, 1),
            .shift = values.copy(shift, channels, 0),
            .floor = relu ? 0 : -kInfinity,
-           .is_plain = is_identity && channels / groups % kMaxLanes == 0,
+           .is_identity = !scale && !shift && !relu && !residual,
            .planes = Planes(images, x.size(2), x.size(3), touched, kernel, kWalks.lanes),
            .has_conv = has_conv,
            .conv_weight = {}};
