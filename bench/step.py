@@ -5,6 +5,7 @@
                        fused SGD
     plain[compile]     the same, its networks and its losses under torch.compile
     ours[MODE]         a run's own step, one row for each execution mode
+    ours[MODE]xN       a step of each of N seeds at once, on the same batch (--seeds N)
 
 Vanilla KD is timed by our step alone, for the ratio of the costs.
 
@@ -12,7 +13,7 @@ All in one process, interleaved, on the same random images; every side's first l
 against plain's before anything is timed. Neither data nor weights are needed.
 
     dfptkd bench step [--pairs "cifar:resnet32x4>cifar:resnet8x4"] [--methods kd,dfpt,dfpt_plus]
-                      [--providers plain,ours[eager]] [--batch 64] [--rounds 5]
+                      [--providers plain,ours[eager]] [--seeds 3] [--batch 64] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +208,19 @@ def our_step(setting: Setting, mode: str) -> TrainStep:
     )
 
 
-def make_sides(setting: Setting, providers: Sequence[str]) -> dict[str, Callable[[], object]]:
+def at_once(setting: Setting, mode: str, seeds: int) -> list[TrainStep]:
+    """Steps of several seeds, which share what runs of several seeds share."""
+    steps = [our_step(setting, mode) for _ in range(seeds)]
+    for step in steps if seeds > 1 else ():
+        step.method.share_teacher(steps[0].method)
+        step.run_beside_others()
+        step.share_images(None if step is steps[0] else steps[0])
+    return steps
+
+
+def make_sides(
+    setting: Setting, providers: Sequence[str], seeds: int = 1
+) -> dict[str, Callable[[], object]]:
     """Every provider's step, warm and on the same batch.
 
     Raises:
@@ -224,10 +237,13 @@ def make_sides(setting: Setting, providers: Sequence[str]) -> dict[str, Callable
             losses[name] = plain(normalise(batch), batch.labels).item()
             calls[name] = functools.partial(_plain_call, plain, normalise, batch)
         else:
-            ours = our_step(setting, name.removeprefix("ours[").removesuffix("]"))
-            ours(batch, 0)
-            losses[name] = ours.meter.read(False)["loss/total"]
-            calls[name] = functools.partial(ours, batch, 1)
+            mode = name.removeprefix("ours[").removesuffix("]")
+            for count in sorted({1, seeds}):
+                steps = at_once(setting, mode, count)
+                label = name if count == 1 else f"{name}x{count}"
+                _ours_call(steps, batch)
+                losses[label] = steps[-1].meter.read(False)["loss/total"]
+                calls[label] = functools.partial(_ours_call, steps, batch)
     tolerance = 1e-4 if setting.dtype == torch.float32 else 3e-2
     spread = (max(losses.values()) - min(losses.values())) / max(losses.values())
     if not spread <= tolerance:
@@ -235,16 +251,26 @@ def make_sides(setting: Setting, providers: Sequence[str]) -> dict[str, Callable
     return calls
 
 
+def _ours_call(steps: Sequence[TrainStep], batch: Batch) -> None:
+    new = replace(batch)  # what seeds share is remembered for a batch, not for its values
+    for step in steps:
+        step(new, 1)
+    for step in steps:
+        step.join()
+
+
 def _plain_call(step: PlainStep, normalise: Normalise, batch: Batch) -> None:
     step(normalise(batch), batch.labels)
 
 
-def measure(settings: Sequence[Setting], providers: Sequence[str], *, rounds: int) -> list[Row]:
+def measure(
+    settings: Sequence[Setting], providers: Sequence[str], *, rounds: int, seeds: int = 1
+) -> list[Row]:
     """All methods of one pair, interleaved; vanilla KD by our own steps alone."""
     calls = {}
     for setting in settings:
         wanted = [p for p in providers if setting.method != "kd" or p.startswith("ours")]
-        for name, call in make_sides(setting, wanted).items():
+        for name, call in make_sides(setting, wanted, seeds).items():
             calls[setting, name] = call
     device = settings[0].device
     labels = {f"{setting.label} {name}": key for key in calls for setting, name in [key]}
@@ -290,10 +316,11 @@ def print_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
             other = median.get((r.kernel, name))
             return "" if other is None else f"{other / r.median_us:.2f}x"
 
+        images = _seeds_of(r) * setting.batch / r.median_us * 1e6
         of_kd = f"{r.median_us / kd[r.provider]:.2f}x" if r.provider in kd else ""
         of_macs = f"{macs[r.kernel] / kd_macs:.2f}x" if kd_macs and r.provider in kd else ""
         table.add_row(
-            setting.method, escape(r.provider), f"{setting.batch / r.median_us * 1e6:,.0f}",
+            setting.method, escape(r.provider), f"{images:,.0f}",
             f"{r.median_us / 1e3:,.1f}", f"{r.p20_us / 1e3:,.0f}..{r.p80_us / 1e3:,.0f}",
             over("plain"), over("plain[compile]"), of_kd, of_macs,
         )  # fmt: skip
@@ -303,6 +330,11 @@ def print_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
         f"{r.kernel.split(':', 2)[2]}, batch {settings[0].batch}, {r.device}, {r.threads} threads, "
         f"torch {r.torch}, commit {r.commit}, n = {r.n}"
     )
+
+
+def _seeds_of(row: Row) -> int:
+    _, is_several, seeds = row.provider.rpartition("]x")
+    return int(seeds) if is_several else 1
 
 
 @functools.cache
@@ -347,6 +379,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--providers", help=f"{','.join(PROVIDERS)}; absent: all that the device can run"
     )
+    parser.add_argument(
+        "--seeds", type=positive, default=1, help="also steps of this many seeds at once"
+    )
     parser.add_argument("--classes", type=positive, default=100)
     parser.add_argument("--image-size", type=positive, default=32, help="side in pixels")
     parser.add_argument("--batch", type=positive, default=64, help="images in a step")
@@ -373,7 +408,7 @@ def main(args: Sequence[str]) -> int:
             )
             for method in methods
         ]
-        rows = measure(settings, providers, rounds=options.rounds)
+        rows = measure(settings, providers, rounds=options.rounds, seeds=options.seeds)
         append_rows(rows, options.out)
         print_rows(rows, settings)
     return 0
