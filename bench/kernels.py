@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ..engine.config import RunConfig
 from ..engine.errors import UsageError
+from ..engine.timing import copy_bandwidth, time_interleaved
 from ..engine.train import pick_device
 from .cases import LOSSES, Case, images_case, loss_case, pair_case
 from .measure import (
@@ -29,10 +30,8 @@ from .measure import (
     append_rows,
     bench_parser,
     captured,
-    copy_bandwidth,
     make_row,
     peak_bytes,
-    time_interleaved,
 )
 
 # The last three: the stages of resnet32x4; the last four: of ResNet-34 at 224 pixels.

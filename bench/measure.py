@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 
 from ..engine.cli import Parser
 from ..engine.log import commit, hardware, versions
+from ..engine.timing import Timing
 
 RESULTS = Path(__file__).with_name("results.csv")
 
@@ -49,31 +48,6 @@ class Row:
     peak_bytes: int | None
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Spread of one variant over `n` calls, in microseconds."""
-
-    n: int
-    median: float
-    p20: float
-    p80: float
-
-
-def time_interleaved(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, warmup: int
-) -> dict[str, Timing]:
-    """Time every variant `rounds` times, A B A B, after `warmup` untimed calls of each."""
-    for call in variants.values():
-        for _ in range(warmup):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    timer = _time_cuda if device.type == "cuda" else _time_cpu
-    for _ in range(rounds):
-        for name, call in variants.items():
-            samples[name].append(timer(call))
-    return {name: _timing(values) for name, values in samples.items()}
-
-
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """`call` as the replay of a CUDA graph; it must work on static tensors."""
     side = torch.cuda.Stream()
@@ -98,35 +72,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def kept_bytes(forward: Callable[[], object], constants: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages that the graph of a forward pass keeps alive for its backward.
-
-    Args:
-        forward: Makes the graph.
-        constants: Parameters and buffers, which live without it: not counted.
-    """
-    known = {t.untyped_storage().data_ptr() for t in constants}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output
-    return sum(size for address, size in kept.items() if address not in known)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Measured copy (read + write) in 1e9 bytes/s, the roof of a memory-bound kernel."""
-    source = torch.randn(1 << 26, device=device)  # 256 MiB: no cache holds it
-    target = torch.empty_like(source)
-    call = {"copy": lambda: target.copy_(source)}
-    timing = time_interleaved(call, device, rounds=10, warmup=3)["copy"]
-    return 2 * source.numel() * source.element_size() / timing.median / 1e3
 
 
 def make_row(
@@ -198,29 +143,3 @@ def append_rows(rows: list[Row], path: Path = RESULTS) -> None:
         if is_new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-
-
-def _time_cpu(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e6
-
-
-def _time_cuda(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
-
-
-def _timing(samples: list[float]) -> Timing:
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return Timing(
-        len(ordered),
-        statistics.median(ordered),
-        ordered[round(0.2 * last)],
-        ordered[round(0.8 * last)],
-    )

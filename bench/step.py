@@ -38,6 +38,7 @@ from ..engine.metrics import Normalise, normaliser
 from ..engine.models import PromptFusion, create_model, split_stages
 from ..engine.models.cost import count_macs, teacher_cost, training_macs
 from ..engine.step import TrainStep
+from ..engine.timing import time_interleaved
 from ..engine.train import pick_device
 from ..kernels import use_backend
 from .measure import (
@@ -47,7 +48,6 @@ from .measure import (
     make_row,
     peak_bytes,
     positive,
-    time_interleaved,
 )
 
 PAIR = "cifar:wrn_40_2>cifar:ShuffleV1"

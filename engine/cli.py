@@ -31,6 +31,7 @@ VERBS = {
     "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
     "report": "table and one-file HTML report: dfptkd report RUN... [--out FILE]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
+    "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
     "bench": "measurements side by side: dfptkd bench kernels|step|overhead [--rounds N] [options]",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
@@ -72,6 +73,7 @@ def _dispatch(argv: list[str]) -> int:
         "eval": _eval,
         "report": _report,
         "export": _export,
+        "profile": _profile,
         "bench": _bench,
         "doctor": _doctor,
     }
@@ -384,6 +386,31 @@ def _export(args: list[str]) -> int:
         formats=options.formats.split(","),
         overwrite=options.overwrite,
     )
+    return 0
+
+
+def _profile(args: list[str]) -> int:
+    as_json = "--json" in args
+    args = [arg for arg in args if arg != "--json"]
+    steps, trace = _take(args, "--steps"), _take(args, "--trace")
+    if steps is not None and not (steps.isdecimal() and int(steps) > 0):
+        raise UsageError(f"--steps {steps}: expected a whole number of at least 1")
+    config = parse_run("profile", args)
+    if config is None:
+        print("of profile alone: --steps N timed steps, --trace FILE for a Chrome trace, --json")
+        return 0
+    from .profile import profile
+    from .profile_tables import print_profile
+
+    found = profile(
+        config,
+        steps=None if steps is None else int(steps),
+        trace=None if trace is None else Path(trace),
+    )
+    if as_json:
+        print(found.to_json())
+    else:
+        print_profile(found)
     return 0
 
 

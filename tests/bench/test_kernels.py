@@ -8,9 +8,10 @@ import torch
 
 from dfptkd.bench import kernels as bench
 from dfptkd.bench import overhead
-from dfptkd.bench.measure import Row, append_rows, time_interleaved
+from dfptkd.bench.measure import Row, append_rows
 from dfptkd.engine.cli import main
 from dfptkd.engine.models import PromptFusion
+from dfptkd.engine.timing import time_interleaved
 from dfptkd.kernels import which_backend
 
 CPU = torch.device("cpu")
