@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .profile import LIMIT_PERCENT, Component, Profile
+from .profile import LIMIT_PERCENT, TOLERANCE_PERCENT, Component, Profile
 
 
 def print_profile(found: Profile) -> None:
@@ -29,7 +29,8 @@ def print_profile(found: Profile) -> None:
     console.print()
     console.print(methods_table(found))
     console.print(
-        f"medians of interleaved steps by {found.mode} ({found.mode_reason}), data not included; "
+        f"medians of {found.methods[0].steps} interleaved steps by {found.mode} "
+        f"({found.mode_reason}), data not included; "
         "MACs by the formulas of models/cost.py; kept MB: what a forward pass keeps, eager",
         markup=False,
         soft_wrap=True,
@@ -84,10 +85,13 @@ def parts_lines(found: Profile) -> list[str]:
     own = f"a run's own mode here is {found.mode} ({found.mode_reason})"
     if found.mode != "eager":
         own += f", its step {1e3 * found.own_step_s:,.1f} ms, data not included"
+    busy = ""
+    if abs(found.difference_percent) > TOLERANCE_PERCENT:
+        busy = f"; above {TOLERANCE_PERCENT:g} %: steps vary, something else uses this machine"
     return [
         f"parts {1e3 * found.parts_sum_s:,.1f} ms, the eager step without instruments "
         f"{1e3 * found.step_s:,.1f} ms: {found.difference_percent:+.1f} % (medians of "
-        f"{found.steps}, in turn)",
+        f"{found.steps}, in turn){busy}",
         f"{own}: {_speed(found.batch / found.own_step_s)} images/s",
         "FLOPs: 2 a MAC, convolutions and matrix products of the eager reference by torch's "
         f"FlopCounterMode; {found.left_out_flops / 1e9:.2g} GFLOP of input gradients that nothing "

@@ -449,6 +449,10 @@ def test_overhead_is_marked_against_the_line(profiled, capsys):
         "MACs, above",
     ):
         assert words in text
+    assert "something else" not in text or abs(found.difference_percent) > 5
+    print_profile(dataclasses.replace(found, parts_sum_s=1.06 * found.step_s))
+    assert "+6.0 %" in (busy := capsys.readouterr().out)
+    assert "something else uses this machine" in busy
     own = found.overhead[-1]
     assert own.name == "together"
     assert own.time_percent > 0
