@@ -448,7 +448,7 @@ def affordable_batch(config: RunConfig, device: torch.device, rounds: int) -> in
 
 def method_rounds(rounds: int) -> int:
     """Timed steps of each method of the second table."""
-    return max(2, rounds // 2)
+    return max(3, rounds // 2)
 
 
 def past_warmup(step: TrainStep) -> Iterator[int]:
