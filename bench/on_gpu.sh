@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPU checks and measurements of one part: bench/on_gpu.sh loss|prompt
+# GPU checks and measurements of one part: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet
 #
 # Needs an NVIDIA GPU, PyTorch >= 2.11 and Triton >= 3.6; no network, no install, no tyro. Stays
 # within 9 minutes. Correctness first; a short table last; rows for bench/results.csv and the full
@@ -21,7 +21,8 @@ case $part in
 loss)
   nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
   (cd "$path" && timeout 240 "$python" -m pytest -q --import-mode=importlib -p no:cacheprovider \
-    "$root/tests/kernels/test_fused_loss_gpu.py") 2>&1 | tee "$out/loss-tests.txt" | tail -n 15
+    "$root/tests/kernels/test_fused_loss_gpu.py" \
+    "$root/tests/kernels/test_normalize_images_gpu.py") 2>&1 | tee "$out/loss-tests.txt" | tail -n 15
   if command -v compute-sanitizer > /dev/null; then
     (cd "$path" && timeout 90 compute-sanitizer --error-exitcode 9 "$python" -c "
 import torch
@@ -62,8 +63,30 @@ torch.cuda.synchronize()
     --teacher torchvision:resnet34 --student torchvision:resnet18 --image-size 224 --batch 256 \
     --out "$out/results.csv") 2>&1 | tee "$out/prompt-overhead.txt" | tail -n 20
   ;;
+# CIFAR sizes: checks of the execution modes, then both pairs of the targets, three seeds at once.
+step)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
+  (cd "$path" && timeout 240 "$python" -m pytest -q --import-mode=importlib -p no:cacheprovider \
+    "$root/tests/engine/test_step_gpu.py") 2>&1 | tee "$out/step-tests.txt" | tail -n 15
+  (cd "$path" && timeout 280 "$python" -m dfptkd.bench.step --device cuda --rounds 50 --seeds 3 \
+    --methods kd,dfpt --out "$out/results.csv") 2>&1 | tee "$out/step-bench.txt" | tail -n 30
+  ;;
+step-plus)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
+  (cd "$path" && timeout 260 "$python" -m dfptkd.bench.step --device cuda --rounds 50 \
+    --methods kd,dfpt --pairs "cifar:resnet32x4>cifar:resnet8x4" \
+    --out "$out/results.csv") 2>&1 | tee "$out/step-resnet.txt" | tail -n 30
+  (cd "$path" && timeout 260 "$python" -m dfptkd.bench.step --device cuda --rounds 50 \
+    --methods dfpt_plus --out "$out/results.csv") 2>&1 | tee "$out/step-plus.txt" | tail -n 30
+  ;;
+step-imagenet)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
+  (cd "$path" && timeout 520 "$python" -m dfptkd.bench.step --device cuda --rounds 15 --classes 1000 \
+    --methods kd,dfpt --pairs "torchvision:resnet34>torchvision:resnet18" --image-size 224 \
+    --batch 256 --out "$out/results.csv") 2>&1 | tee "$out/step-imagenet.txt" | tail -n 30
+  ;;
 *)
-  echo "usage: bench/on_gpu.sh loss|prompt" >&2
+  echo "usage: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet" >&2
   exit 2
   ;;
 esac

@@ -132,7 +132,7 @@ class TeacherConfig:
     stages: tuple[str, ...] | None = None
     """Module paths whose outputs end a stage, for a model that has no stages of its own."""
     fold_bn: bool = True
-    """dfpt: run the frozen network with its BatchNorms multiplied into the convolutions."""
+    """Run the frozen network with its BatchNorms multiplied into the convolutions."""
     expected_top1: float | None = None
     """Top-1 accuracy in percent that the recipe counts on; 2 points less gives a warning."""
     epochs: int = 240

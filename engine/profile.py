@@ -341,7 +341,7 @@ class Setting:
         """Parameters of each component."""
         found = {STUDENT: count_params(method.student)}
         if isinstance(method, FrozenTeacherMethod):
-            return found | {ORIGINAL: count_params(method.teacher)}
+            return found | {ORIGINAL: count_params(self.meta_teacher())}
         if not isinstance(method, DualPathDistillation):
             return found
         dual, teacher = method.teacher, self.meta_teacher()

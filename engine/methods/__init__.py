@@ -6,7 +6,8 @@ from torch import nn
 
 from ..config import RunConfig
 from ..models.dual_path import DualPathTeacher
-from .base import Method, StepOutput
+from ..models.frozen import freeze
+from .base import FrozenTeacherMethod, Method, StepOutput
 from .cross_entropy import CrossEntropy
 from .dfpt import DualPathDistillation, MixtureControl
 from .dist import StrongTeacherDistillation
@@ -15,7 +16,7 @@ from .kd import KnowledgeDistillation
 
 __all__ = ["Method", "StepOutput", "build_method"]
 
-_FROZEN_TEACHER = {
+_FROZEN_TEACHER: dict[str, type[FrozenTeacherMethod]] = {
     "kd": KnowledgeDistillation,
     "dkd": DecoupledDistillation,
     "dist": StrongTeacherDistillation,
@@ -32,10 +33,11 @@ def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | Non
         return CrossEntropy(student, config.loss)
     if teacher is None:
         raise TypeError(f"method {config.method!r} takes a teacher")
-    if config.method in _FROZEN_TEACHER:
-        return _FROZEN_TEACHER[config.method](student, teacher, config.loss)
-    if config.loss.mixture_control:
-        return MixtureControl(student, teacher, config.loss)
+    frozen = _FROZEN_TEACHER.get(config.method)
+    if frozen is None and config.loss.mixture_control:
+        frozen = MixtureControl
+    if frozen is not None:
+        return frozen(student, freeze(teacher, fold=config.teacher.fold_bn), config.loss)
     dual = DualPathTeacher(
         teacher,
         prompt=config.prompt,
