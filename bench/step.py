@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ..engine.config import DataConfig, LossConfig, OptimConfig, PromptConfig, RunConfig, StepConfig
 from ..engine.data import Batch, load_data, train_batches
 from ..engine.errors import UsageError
+from ..engine.memory import kept_bytes
 from ..engine.methods import build_method
 from ..engine.metrics import Normalise, normaliser
 from ..engine.models import PromptFusion, create_model, split_stages
@@ -218,9 +219,44 @@ def at_once(setting: Setting, mode: str, seeds: int) -> list[TrainStep]:
     return steps
 
 
-def make_sides(
-    setting: Setting, providers: Sequence[str], seeds: int = 1
-) -> dict[str, Callable[[], object]]:
+@dataclass(frozen=True)
+class Side:
+    """One provider: a call makes a step."""
+
+    call: Callable[[], object]
+    modules: list[nn.Module]
+
+    def kept_bytes(self) -> int:
+        """What the forward pass keeps for the backward, parameters and buffers not counted."""
+        owned = (t for m in self.modules for t in (*m.parameters(), *m.buffers()))
+        return kept_bytes(self.call, owned)
+
+
+@dataclass(frozen=True)
+class HostCalls:
+    """What the host does in one step on a GPU."""
+
+    launches: int
+    """Kernels, copies and graphs."""
+    syncs: int
+    """Waits for the device."""
+
+
+def host_calls(call: Callable[[], object]) -> HostCalls:
+    """Count the runtime's calls in one step (CUDA)."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+    found = {event.key: event.count for event in profile.key_averages()}
+    launches = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
+    return HostCalls(
+        sum(n for key, n in found.items() if key[:2] == "cu" and any(x in key for x in launches)),
+        sum(n for key, n in found.items() if key[:2] == "cu" and "Synchronize" in key) - 1,
+    )  # the profiler itself waits once
+
+
+def make_sides(setting: Setting, providers: Sequence[str], seeds: int = 1) -> dict[str, Side]:
     """Every provider's step, warm and on the same batch.
 
     Raises:
@@ -229,13 +265,14 @@ def make_sides(
     data = load_data(setting.config("eager").data, setting.device)
     batch = next(train_batches(data.train, batch_size=setting.batch, seed=0, epoch=0))
     normalise = normaliser(data)
-    calls: dict[str, Callable[[], object]] = {}
+    sides: dict[str, Side] = {}
     losses: dict[str, float] = {}
     for name in providers:
         if name.startswith("plain"):
             plain = PlainStep(setting, compiled=name == "plain[compile]")
             losses[name] = plain(normalise(batch), batch.labels).item()
-            calls[name] = functools.partial(_plain_call, plain, normalise, batch)
+            call = functools.partial(_plain_call, plain, normalise, batch)
+            sides[name] = Side(call, [plain.student, plain.dual])
         else:
             mode = name.removeprefix("ours[").removesuffix("]")
             for count in sorted({1, seeds}):
@@ -243,12 +280,13 @@ def make_sides(
                 label = name if count == 1 else f"{name}x{count}"
                 _ours_call(steps, batch)
                 losses[label] = steps[-1].meter.read(False)["loss/total"]
-                calls[label] = functools.partial(_ours_call, steps, batch)
+                call = functools.partial(_ours_call, steps, batch)
+                sides[label] = Side(call, [step.method for step in steps])
     tolerance = 1e-4 if setting.dtype == torch.float32 else 3e-2
     spread = (max(losses.values()) - min(losses.values())) / max(losses.values())
     if not spread <= tolerance:
         raise RuntimeError(f"{setting.label}: the first losses differ: {losses}")
-    return calls
+    return sides
 
 
 def _ours_call(steps: Sequence[TrainStep], batch: Batch) -> None:
@@ -263,25 +301,31 @@ def _plain_call(step: PlainStep, normalise: Normalise, batch: Batch) -> None:
     step(normalise(batch), batch.labels)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A row of bench/results.csv, and what only the table shows."""
+
+    row: Row
+    kept_bytes: int
+    host: HostCalls | None
+
+
 def measure(
     settings: Sequence[Setting], providers: Sequence[str], *, rounds: int, seeds: int = 1
-) -> list[Row]:
+) -> list[Measured]:
     """All methods of one pair, interleaved; vanilla KD by our own steps alone."""
-    calls = {}
+    sides: dict[tuple[Setting, str], Side] = {}
     for setting in settings:
         wanted = [p for p in providers if setting.method != "kd" or p.startswith("ours")]
-        for name, call in make_sides(setting, wanted, seeds).items():
-            calls[setting, name] = call
+        found = make_sides(setting, wanted, seeds)
+        sides |= {(setting, name): side for name, side in found.items()}
     device = settings[0].device
-    labels = {f"{setting.label} {name}": key for key in calls for setting, name in [key]}
-    timings = time_interleaved(
-        {label: calls[key] for label, key in labels.items()}, device, rounds=rounds, warmup=1
-    )
-    rows = []
-    for label, (setting, name) in labels.items():
-        rows.append(
+    calls = {f"{setting.label} {name}": side.call for (setting, name), side in sides.items()}
+    timings = time_interleaved(calls, device, rounds=rounds, warmup=1)
+    return [
+        Measured(
             make_row(
-                timings[label],
+                timings[f"{setting.label} {name}"],
                 device,
                 kernel=setting.label,
                 provider=name,
@@ -291,13 +335,16 @@ def measure(
                 dtype=setting.dtype,
                 bytes_moved=None,
                 copy_gb_per_s=None,
-                peak=peak_bytes(calls[setting, name], device),
-            )
+                peak=peak_bytes(side.call, device),
+            ),
+            side.kept_bytes(),
+            host_calls(side.call) if device.type == "cuda" else None,
         )
-    return rows
+        for (setting, name), side in sides.items()
+    ]
 
 
-def print_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
+def print_rows(measured: Sequence[Measured], settings: Sequence[Setting]) -> None:
     """Images a second, each side against plain, and DFPT over KD against the ratio of the MACs."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("method", "side"):
@@ -305,11 +352,16 @@ def print_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
     columns = ("images/s", "median ms", "p20..p80", "plain / it", "compile / it", "of KD", "MACs")
     for column in columns:
         table.add_column(column, justify="right")
+    on_gpu = measured[0].host is not None
+    for column in ("peak MB", "launches", "syncs") if on_gpu else ("kept MB",):
+        table.add_column(column, justify="right")
+    rows = [m.row for m in measured]
     median = {(r.kernel, r.provider): r.median_us for r in rows}
     kd = {r.provider: r.median_us for r in rows if r.kernel.startswith("step:kd:")}
     macs = {setting.label: step_macs(setting) for setting in settings}
     kd_macs = next((macs[label] for label in macs if label.startswith("step:kd:")), None)
-    for r in rows:
+    for m in measured:
+        r = m.row
         setting = next(s for s in settings if s.label == r.kernel)
 
         def over(name: str, r: Row = r) -> str:
@@ -322,7 +374,7 @@ def print_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
         table.add_row(
             setting.method, escape(r.provider), f"{images:,.0f}",
             f"{r.median_us / 1e3:,.1f}", f"{r.p20_us / 1e3:,.0f}..{r.p80_us / 1e3:,.0f}",
-            over("plain"), over("plain[compile]"), of_kd, of_macs,
+            over("plain"), over("plain[compile]"), of_kd, of_macs, *_memory(m),
         )  # fmt: skip
     Console(width=None if Console().is_terminal else 120).print(table)
     r = rows[0]
@@ -330,6 +382,12 @@ def print_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
         f"{r.kernel.split(':', 2)[2]}, batch {settings[0].batch}, {r.device}, {r.threads} threads, "
         f"torch {r.torch}, commit {r.commit}, n = {r.n}"
     )
+
+
+def _memory(m: Measured) -> tuple[str, ...]:
+    if m.host is None:
+        return (f"{m.kept_bytes / 1e6:,.0f}",)
+    return f"{(m.row.peak_bytes or 0) / 1e6:,.0f}", str(m.host.launches), str(m.host.syncs)
 
 
 def _seeds_of(row: Row) -> int:
@@ -408,9 +466,9 @@ def main(args: Sequence[str]) -> int:
             )
             for method in methods
         ]
-        rows = measure(settings, providers, rounds=options.rounds, seeds=options.seeds)
-        append_rows(rows, options.out)
-        print_rows(rows, settings)
+        found = measure(settings, providers, rounds=options.rounds, seeds=options.seeds)
+        append_rows([m.row for m in found], options.out)
+        print_rows(found, settings)
     return 0
 
 
