@@ -11,7 +11,7 @@ import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -98,26 +98,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def kept_bytes(forward: Callable[[], object], constants: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages that the graph of a forward pass keeps alive for its backward.
-
-    Args:
-        forward: Makes the graph.
-        constants: Parameters and buffers, which live without it: not counted.
-    """
-    known = {t.untyped_storage().data_ptr() for t in constants}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output
-    return sum(size for address, size in kept.items() if address not in known)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..engine.config import LossConfig, PromptConfig, RunConfig
+from ..engine.memory import kept_bytes
 from ..engine.methods.dfpt import DualPathDistillation
 from ..engine.models import DualPathTeacher, create_model
 from ..engine.models.cost import TeacherCost, count_macs, teacher_cost, training_macs
@@ -35,7 +36,6 @@ from .measure import (
     Row,
     append_rows,
     bench_parser,
-    kept_bytes,
     make_row,
     peak_bytes,
     positive,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfptkd.bench import measure
+from dfptkd.engine import memory
 from dfptkd.engine.models import create_model, frozen, split_stages
 from dfptkd.engine.models.frozen import FrozenAffine, FrozenBatchNorm2d, FrozenConv2d, freeze
 
@@ -258,7 +258,7 @@ def test_an_untraceable_piece_stays_as_it_is_with_one_warning(caplog):
 
 def kept_bytes(piece: nn.Module, x: Tensor) -> int:
     constants = [*piece.parameters(), *piece.buffers()]
-    return measure.kept_bytes(lambda: piece(x.requires_grad_()), constants)
+    return memory.kept_bytes(lambda: piece(x.requires_grad_()), constants)
 
 
 def kept_ratio(name: str, fold: bool) -> float:
