@@ -30,6 +30,7 @@ VERBS = {
     "train-teacher": "train a recipe's teacher: dfptkd train-teacher RECIPE [options]",
     "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
     "report": "table and one-file HTML report: dfptkd report RUN... [--out FILE]",
+    "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
     "bench": "measurements side by side: dfptkd bench kernels|step|overhead [--rounds N] [options]",
@@ -70,6 +71,7 @@ def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "train-teacher": _train_teacher,
+        "plan": _plan,
         "eval": _eval,
         "report": _report,
         "export": _export,
@@ -116,6 +118,27 @@ def _train_teacher(args: list[str]) -> int:
     if config is not None:
         run_seeds(config)
     return 0
+
+
+PLAN_HELP = """usage: dfptkd plan RECIPE [--probe] [--json] [options of train]
+
+  --probe   take real steps for at most 60 seconds; without, hours are not known
+  --json    one JSON object
+
+Neither data nor weights are needed. Exit code 0: the run fits; 5: memory or disk does not hold it.
+"""
+
+
+def _plan(args: list[str]) -> int:
+    probe, as_json = (_take_flag(args, name) for name in ("--probe", "--json"))
+    if any(arg in ("-h", "--help") for arg in args):
+        print(PLAN_HELP)
+    config = parse_run("plan", args)
+    if config is None:
+        return 0
+    from .plan import run_plan
+
+    return run_plan(config, probe=probe, as_json=as_json)
 
 
 def parse_run(verb: str, args: list[str]) -> RunConfig | None:
@@ -231,6 +254,13 @@ def _take(args: list[str], name: str) -> str | None:
             del args[i]
             return arg.partition("=")[2]
     return None
+
+
+def _take_flag(args: list[str], name: str) -> bool:
+    """Remove `name` from args; whether it was there."""
+    found = name in args
+    args[:] = [arg for arg in args if arg != name]
+    return found
 
 
 def _read_config(path: Path) -> RunConfig:

@@ -13,9 +13,10 @@ from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
 from dfptkd.engine.methods.dfpt import MixtureControl
 from dfptkd.engine.models import create_model
+from dfptkd.engine.models.cost import teacher_cost
 from dfptkd.engine.models.dual_path import DualPathTeacher
 from dfptkd.engine.optim import lr_factor
-from dfptkd.recipes import cifar100
+from dfptkd.recipes import cifar100, imagenet
 from dfptkd.recipes.arms import ARMS
 from dfptkd.recipes.quickstart import quickstart
 
@@ -36,6 +37,15 @@ PAIRS = {
     "resnet32x4_shufflenetv2": ("resnet32x4", "ShuffleV2", "79.42 71.82 74.45 77.07 77.35", 8),
     "wrn_40_2_shufflenetv1": ("wrn_40_2", "ShuffleV1", "75.61 70.50 74.83 76.70 76.40", 8),
 }
+# Section 5.5
+IMAGENET = {
+    "resnet34_resnet18": (
+        "torchvision:resnet34", "torchvision:resnet18", "73.31 69.75 71.03 71.70 72.07", 0.5,
+    ),
+    "resnet50_mobilenetv1": (
+        "torchvision:resnet50", "imagenet:mobilenetv1", "76.16 68.87 70.50 72.05 73.24", 2.0,
+    ),
+}  # fmt: skip
 SMALL_STEPS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # lr 0.01 in place of 0.05
 
 
@@ -132,6 +142,87 @@ def test_M27_families_in_their_roles():
 def test_M45_wide_teachers_get_the_cheap_blocks_and_no_other():
     wide = {name for name in PAIRS if recipe(name)().prompt == cifar100.WIDE_TEACHER}
     assert wide == {name for name in PAIRS if PAIRS[name][0] in ("vgg13", "ResNet50")}
+
+
+# ImageNet --------------------------------------------------------------------------------------
+
+
+def test_M24_every_pair_of_5_5_has_a_recipe():
+    names = {name for name in vars(imagenet) if re.fullmatch(r"resnet\w+", name)}
+    assert names == IMAGENET.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(IMAGENET))
+def test_M24_recipe_follows_the_protocol_of_5_5(name, method):
+    teacher, student, published, beta = IMAGENET[name]
+    config = getattr(imagenet, name)(method)
+    assert (config.recipe, config.method) == (f"imagenet.{name}", method)
+    assert (config.teacher.name, config.student) == (teacher, student)
+    assert config.teacher.weights == "IMAGENET1K_V1"
+    assert config.teacher.expected_top1 == float(published.split()[0])
+    data = config.data
+    assert (data.name, data.image_size, data.num_classes) == ("folder", 224, 1000)
+    assert (data.limit, data.train_limit, data.flip) == (None, None, True)
+    assert (config.epochs, config.global_batch) == (100, 256)
+    optim = config.optim
+    assert (optim.lr, optim.momentum, optim.nesterov, optim.weight_decay) == (0.1, 0.9, False, 1e-4)
+    loss = config.loss
+    assert (loss.tau, loss.kd_ce, loss.kd_kl) == (1.0, 0.5, 0.5)
+    assert (loss.dkd_ce, loss.dkd_alpha, loss.dkd_beta) == (1.0, 1.0, beta)
+    assert (loss.dist_ce, loss.dist_inter, loss.dist_intra) == (1.0, 2.0, 2.0)
+    assert loss.warmup_epochs == (1 if method == "dkd" else 0)
+
+
+def test_M24_imagenet_learning_rate_falls_after_epochs_30_60_and_90():
+    steps = 5004  # 1,281,167 images in batches of 256
+    factor = lr_factor(imagenet.resnet34_resnet18().optim, 100 * steps, steps)
+    first_of_epoch = [factor(epoch * steps) for epoch in range(100)]  # epochs from 0
+    expected = [0.1 ** sum(e >= m for m in (30, 60, 90)) for e in range(100)]
+    assert first_of_epoch == pytest.approx(expected)
+    assert factor(30 * steps - 1) == 1.0
+
+
+@pytest.mark.parametrize("name", list(IMAGENET))
+def test_M24_imagenet_docstring_has_the_published_numbers(name):
+    doc = getattr(imagenet, name).__doc__
+    for label, number in zip(
+        ("T", "S", "KD", "DKD", "DIST"), IMAGENET[name][2].split(), strict=True
+    ):
+        assert re.search(rf"(?<![A-Za-z+]){label} {re.escape(number)}\b", doc), (label, number)
+
+
+@pytest.mark.parametrize("name", list(IMAGENET))
+def test_M27_imagenet_networks_exist_and_the_teacher_is_cut_into_stages(name):
+    config = getattr(imagenet, name)()
+    with torch.device("meta"):
+        networks = [
+            create_model(n, num_classes=1000) for n in (config.teacher.name, config.student)
+        ]
+        images = torch.empty(2, 3, 224, 224)
+        assert [n.eval()(images).shape for n in networks] == [(2, 1000)] * 2
+        dual = DualPathTeacher(networks[0], prompt=config.prompt)
+    assert len(dual.pairs) == 4
+
+
+@pytest.mark.parametrize("name", list(IMAGENET))
+def test_M45_imagenet_prompt_blocks_stay_under_10_percent(name):
+    """The new head of 1000 classes comes on top: 8 % of ResNet-50's parameters, next to no MACs."""
+    config = getattr(imagenet, name)()
+    with torch.device("meta"):
+        cost = teacher_cost(
+            create_model(config.teacher.name, num_classes=1000), config.prompt, (224, 224)
+        )
+    assert 100 * (cost.prompt_params + cost.fusion_params) / cost.teacher_params < 10
+    assert cost.macs_overhead_percent < 10
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_arm_applies_to_imagenet_too(arm):
+    for name in IMAGENET:
+        config = ARMS[arm](getattr(imagenet, name)())
+        assert config.recipe == f"imagenet.{name}"
+        assert ARMS[arm](config) == config
 
 
 @pytest.mark.parametrize("method", METHODS)

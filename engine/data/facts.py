@@ -1,0 +1,69 @@
+"""Number, size and classes of the images of a run, for plans that must not need the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import DataConfig
+from ..errors import DataError
+from .loader import load_data
+from .source import split_limits
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a plan must know of the data."""
+
+    train_images: int
+    test_images: int
+    num_classes: int
+    image_size: int
+    """Side in pixels."""
+    resident: bool
+    """Whether both splits lie on the device as a whole."""
+    source: str
+    """Where the numbers come from."""
+
+
+KNOWN = {
+    "cifar10": DataFacts(50_000, 10_000, 10, 32, True, "CIFAR-10"),
+    "cifar100": DataFacts(50_000, 10_000, 100, 32, True, "CIFAR-100"),
+    "fashion_mnist": DataFacts(60_000, 10_000, 10, 28, True, "Fashion-MNIST"),
+}
+IMAGENET_IMAGES, IMAGENET_CLASSES = (1_281_167, 50_000), 1000
+
+
+def data_facts(data: DataConfig) -> DataFacts:
+    """Number, size and classes of the images, without reading one.
+
+    Raises:
+        DataError: An image folder of unknown size, or a broken one.
+    """
+    if data.name == "folder":
+        root = data.root or os.environ.get("DFPTKD_DATA")
+        if root and Path(root).expanduser().is_dir():
+            found = load_data(data, torch.device("cpu"))
+            counts, classes = (len(found.train), len(found.test)), found.num_classes
+            return DataFacts(*counts, classes, data.image_size, False, f"counted in {root}")
+        if data.num_classes != IMAGENET_CLASSES:
+            raise DataError(
+                f"an image folder of {data.num_classes} classes: expected --data.root, to count "
+                f"its images (of {IMAGENET_CLASSES} classes ImageNet's are assumed)"
+            )
+        source = "ImageNet's, no data folder" + (f" at {root}" if root else " given")
+        facts = DataFacts(*IMAGENET_IMAGES, IMAGENET_CLASSES, data.image_size, False, source)
+    elif data.name == "synthetic":
+        facts = DataFacts(50_000, 10_000, data.num_classes, data.image_size, False, "synthetic")
+    else:
+        facts = KNOWN[data.name]
+    train, test = split_limits(data)
+    return dataclasses.replace(
+        facts,
+        train_images=min(facts.train_images, train or facts.train_images),
+        test_images=min(facts.test_images, test or facts.test_images),
+    )
