@@ -47,8 +47,6 @@ class Built:
 
     step: TrainStep
     data: ImageData
-    teacher: nn.Module | None
-    """The pre-trained network as loaded, which a run keeps beside what the method made of it."""
 
 
 @dataclass
@@ -100,7 +98,7 @@ def build(config: RunConfig, device: torch.device) -> Built:
     method = build_method(config, student, teacher)
     method.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     step = TrainStep(method, config, data, total_steps=1000, steps_per_epoch=100, device=device)
-    return Built(step, data, teacher)
+    return Built(step, data)
 
 
 # In the process of its own -----------------------------------------------------------------------

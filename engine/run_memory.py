@@ -162,8 +162,7 @@ class MemoryModel:
         step, method = self.built.step, self.built.step.method
         momentum = list(optimizer_tensors(step.optimizer).values())
         average = [] if step.ema is None else [*step.ema.parameters(), *step.ema.buffers()]
-        networks = [method] + ([] if self.built.teacher is None else [self.built.teacher])
-        everything = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+        everything = [*method.parameters(), *method.buffers()]
         for module in method.modules():  # constants in the dtype of mixed precision
             for copies in getattr(module, "copies", {}).values():
                 everything += [t for t in copies if t is not None]
