@@ -9,7 +9,6 @@ the reserve of a CPU's allocator at its largest.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -30,6 +29,7 @@ from .data.facts import DataFacts, data_facts
 from .errors import StorageError
 from .log import clock, hardware
 from .memory import available_bytes
+from .models import create_model
 from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
 from .probe import Built, Failed, Probe, build, run_probe, stand_in
 from .run_memory import Memory, MemoryModel, traced_twin
@@ -258,9 +258,9 @@ def _cost(
     student = built.step.method.student
     cost = None
     if config.method != "ce":
-        assert built.teacher is not None
         size_HW = (facts.image_size, facts.image_size)
-        teacher = copy.deepcopy(built.teacher).to("meta")
+        with torch.device("meta"):
+            teacher = create_model(config.teacher.name, num_classes=facts.num_classes)
         cost = teacher_cost(teacher, config.prompt, size_HW, at=config.teacher.stages)
     macs = count_macs(student, (1, 3, facts.image_size, facts.image_size))
     method = "kd" if config.loss.mixture_control else config.method

@@ -32,6 +32,7 @@ from .alarms import overhead_warning
 from .config import RunConfig
 from .counting import StepWork, Work, count_work
 from .data import Batch, ImageData, steps_per_epoch, train_batches
+from .data.facts import KNOWN
 from .data.source import Augmentation, ResidentSplit
 from .errors import UsageError
 from .files import write_atomically
@@ -71,9 +72,7 @@ TOLERANCE_PERCENT = 5.0  # between the sum of the parts and the step
 BUDGET_S = 35.0  # of timed steps on a CPU; roofs, counting and imports take about as long again
 _RESIDENT_BATCHES = 4
 
-# Classes, side in pixels and crop padding of the data sets that bring their own.
-_OWN_IMAGES = {"cifar10": (10, 32, 4), "cifar100": (100, 32, 4), "fashion_mnist": (10, 28, 2)}
-_OWN_EPOCH = {"cifar10": 50_000, "cifar100": 50_000, "fashion_mnist": 60_000}
+_CROP_PADDING = {"cifar10": 4, "cifar100": 4, "fashion_mnist": 2}  # in pixels, unless configured
 
 
 @dataclass(frozen=True)
@@ -302,7 +301,8 @@ class Setting:
     def steps_per_epoch(self) -> int:
         """Of the real data set as far as its size is known without it, else of 50,000 images."""
         data = self.config.data
-        limits = (data.limit, data.train_limit, _OWN_EPOCH.get(data.name, 50_000))
+        whole = KNOWN[data.name].train_images if data.name in KNOWN else 50_000
+        limits = (data.limit, data.train_limit, whole)
         return steps_per_epoch(min(n for n in limits if n is not None), self.config.global_batch)
 
     @property
@@ -379,8 +379,12 @@ class _Resident(ResidentSplit):
 def random_images(config: RunConfig, device: torch.device) -> ImageData:
     """A few batches of noise of the size that the run's data has."""
     data = config.data
-    classes, side, padding = _OWN_IMAGES.get(data.name, (data.num_classes, data.image_size, 0))
-    padding = padding if data.crop_padding is None else data.crop_padding
+    known = KNOWN.get(data.name)
+    classes = data.num_classes if known is None else known.num_classes
+    side = data.image_size if known is None else known.image_size
+    padding = data.crop_padding
+    if padding is None:
+        padding = _CROP_PADDING.get(data.name, 0)
     count = _RESIDENT_BATCHES * config.global_batch
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=generator).to(
