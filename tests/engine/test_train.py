@@ -25,6 +25,7 @@ from dfptkd.engine.config import (
     OptimConfig,
     PromptConfig,
     RunConfig,
+    StepConfig,
     TeacherConfig,
 )
 from dfptkd.engine.errors import DataError, NumericError, Stopped, UsageError
@@ -204,6 +205,22 @@ def test_resume_control_a_lost_momentum_shows(root, tmp_path, monkeypatch):
         assert_same_end(tmp_path / "whole", tmp_path / "stopped", 6)
 
 
+def test_a_run_goes_on_in_another_execution_mode(root, tmp_path):
+    """Eager up to step 3, compiled to the end: within rounding where eager alone ends."""
+    config = make_config(root, "kd", out=str(tmp_path / "mixed"), optim=OptimConfig(lr=1e-3))
+    run(replace(config, max_steps=3))
+    torch.compiler.reset()
+    result = run(replace(config, step=StepConfig(mode="compile")))
+    assert result.step == 6
+    assert [row["step"] for row in rows(tmp_path / "mixed")] == ["3", "6"]
+    run(replace(config, out=str(tmp_path / "eager")))
+    ends = [state_of(tmp_path / name, 6)[0] for name in ("mixed", "eager")]
+    start = state_of(tmp_path / "mixed", 3)[0]
+    names = [k for k in start if k.startswith("student.") and k.endswith("weight")]
+    ways = [torch.cat([(end[k] - start[k]).flatten() for k in names]) for end in ends]
+    assert 0 < (ways[0] - ways[1]).norm() < 0.05 * ways[1].norm()
+
+
 def test_max_steps_stops_evaluates_saves_and_can_go_on(root, tmp_path):
     config = make_config(root, out=str(tmp_path / "a"))
     result = run(replace(config, max_steps=2))
@@ -311,6 +328,40 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_intact(root, t
     with pytest.raises(NumericError, match="not finite"):
         run(config)
     assert json.loads((tmp_path / "a/status.json").read_text())["state"] == "failed"
+
+
+def spoil_steps(monkeypatch, *bad):
+    """The images of these steps hold a NaN."""
+
+    class Spoilt(train_module.TrainStep):
+        def __call__(self, batch, step):
+            plain = self.image_parts
+            if step in bad:
+                self.image_parts = lambda b: tuple(part * math.nan for part in plain(b))
+            super().__call__(batch, step)
+            self.image_parts = plain
+
+    monkeypatch.setattr(train_module, "TrainStep", Spoilt)
+
+
+def test_a_bad_step_is_skipped_said_and_recorded(root, tmp_path, monkeypatch, capsys):
+    spoil_steps(monkeypatch, 1)
+    run(make_config(root, out=str(tmp_path / "a")))
+    assert "1 steps of this epoch skipped" in capsys.readouterr().out
+    events = [json.loads(line) for line in (tmp_path / "a/events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["kind"] == "skipped"] == [3]
+    assert all(math.isfinite(float(v)) for row in rows(tmp_path / "a") for v in row.values())
+    tensors, _ = state_of(tmp_path / "a", 6)
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    assert tensors["student.bn1.num_batches_tracked"] == 5
+
+
+def test_more_skips_than_allowed_stop_the_run(root, tmp_path, monkeypatch):
+    spoil_steps(monkeypatch, 1, 2)
+    config = make_config(root, out=str(tmp_path / "a"), step=StepConfig(max_skips=1))
+    with pytest.raises(NumericError, match=r"2 steps.*--step\.max-skips 1"):
+        run(config)
+    run(replace(config, out=str(tmp_path / "b"), step=StepConfig(max_skips=2)))
 
 
 def test_M21_the_mixture_control_runs_without_prompt_modules(root, tmp_path):
