@@ -67,7 +67,7 @@ torch.cuda.synchronize()
 step)
   nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
   (cd "$path" && timeout 240 "$python" -m pytest -q --import-mode=importlib -p no:cacheprovider \
-    "$root/tests/engine/test_step_gpu.py") 2>&1 | tee "$out/step-tests.txt" | tail -n 15
+    "$root/tests/engine/test_step_gpu.py" "$root/tests/engine/data/test_loader_gpu.py") 2>&1 | tee "$out/step-tests.txt" | tail -n 15
   (cd "$path" && timeout 280 "$python" -m dfptkd.bench.step --device cuda --rounds 50 --seeds 3 \
     --methods kd,dfpt --out "$out/results.csv") 2>&1 | tee "$out/step-bench.txt" | tail -n 30
   ;;

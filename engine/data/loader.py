@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -97,10 +97,28 @@ def _batches(
         # its own generator: the loader would else advance the global one, which checkpoints record
         generator=torch.Generator(),
     )
-    for batch in loader:
+    yield from _on_device(loader, split.device)
+
+
+def _on_device(batches: Iterable[Batch | DataError], device: torch.device) -> Iterator[Batch]:
+    """Batches on `device`; a GPU's copy of the next one runs while the last one is worked on."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead: Batch | None = None
+    for batch in batches:
         if isinstance(batch, DataError):
             raise batch
-        yield batch.to(split.device)
+        if stream is None:
+            yield batch.to(device)
+            continue
+        with torch.cuda.stream(stream):
+            moved = batch.to(device)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(stream)
+        moved.record_stream(torch.cuda.current_stream(device))
+        ahead = moved
+    if ahead is not None:
+        yield ahead
 
 
 class _DecodedBatches(Dataset):
