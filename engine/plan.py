@@ -347,7 +347,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "parameters and momentum", size(memory.parameters + memory.momentum), ""
     if memory.average:
         yield "moving average", size(memory.average), ""
-    yield "frozen networks", size(memory.frozen), "teacher, its folded copy, statistics"
+    yield "frozen networks", size(memory.frozen), "folded weights, statistics"
     yield "data", size(memory.data), "resident images, test logits, batches decoded ahead"
     if memory.libraries:
         yield "libraries", size(memory.libraries), ""

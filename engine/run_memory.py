@@ -44,7 +44,7 @@ class Memory:
     average: int
     """Moving average of the student."""
     frozen: int
-    """Teacher, its folded copy, statistics."""
+    """Folded weights, statistics."""
     data: int
     """Resident images, batches decoded ahead, the teacher's test logits."""
     libraries: int
