@@ -5,6 +5,7 @@
                        fused SGD
     plain[compile]     the same, its networks and its losses under torch.compile
     ours[MODE]         a run's own step, one row for each execution mode
+    ours[MODE+joint]   the later stages on both teacher paths as one batch (--step.joint-paths)
     ours[MODE]xN       a step of each of N seeds at once, on the same batch (--seeds N)
 
 Vanilla KD is timed by our step alone, for the ratio of the costs.
@@ -53,7 +54,10 @@ from .measure import (
 
 PAIR = "cifar:wrn_40_2>cifar:ShuffleV1"
 METHODS = ("kd", "dfpt", "dfpt_plus")
-PROVIDERS = ("plain", "plain[compile]", "ours[eager]", "ours[compile]", "ours[graph]")
+PROVIDERS = (
+    "plain", "plain[compile]", "ours[eager]", "ours[compile]", "ours[graph]",
+    "ours[eager+joint]", "ours[graph+joint]",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Setting:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def config(self, mode: str) -> RunConfig:
-        """A run of this setting."""
+        """A run of this setting; mode is an execution mode, `+joint` behind it or not."""
+        mode, _, joint = mode.partition("+")
         return RunConfig(
             method=self.method,  # type: ignore[arg-type]
             student=self.student,
@@ -94,7 +99,7 @@ class Setting:
             data=DataConfig(name="synthetic", num_classes=self.classes, image_size=self.image_size),
             prompt=self.prompt,
             optim=OptimConfig(lr=1e-3),
-            step=StepConfig(mode=mode),  # type: ignore[arg-type]
+            step=StepConfig(mode=mode, joint_paths=bool(joint)),  # type: ignore[arg-type]
         )
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
@@ -301,6 +306,13 @@ def _plain_call(step: PlainStep, normalise: Normalise, batch: Batch) -> None:
     step(normalise(batch), batch.labels)
 
 
+def _applies(provider: str, method: str) -> bool:
+    """Plain vanilla KD is not measured; only DFPT-KD has paths that can be joined."""
+    return method == "dfpt" or (
+        "joint" not in provider and not (method == "kd" and "plain" in provider)
+    )
+
+
 @dataclass(frozen=True)
 class Measured:
     """A row of bench/results.csv, and what only the table shows."""
@@ -316,7 +328,7 @@ def measure(
     """All methods of one pair, interleaved; vanilla KD by our own steps alone."""
     sides: dict[tuple[Setting, str], Side] = {}
     for setting in settings:
-        wanted = [p for p in providers if setting.method != "kd" or p.startswith("ours")]
+        wanted = [p for p in providers if _applies(p, setting.method)]
         found = make_sides(setting, wanted, seeds)
         sides |= {(setting, name): side for name, side in found.items()}
     device = settings[0].device
@@ -435,7 +447,8 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--pairs", default=PAIR, help="TEACHER>STUDENT, names of models")
     parser.add_argument("--methods", default="kd,dfpt", help=",".join(METHODS))
     parser.add_argument(
-        "--providers", help=f"{','.join(PROVIDERS)}; absent: all that the device can run"
+        "--providers",
+        help=f"{','.join(PROVIDERS)}; absent: on a GPU all, on a CPU all but graphs and joint paths",
     )
     parser.add_argument(
         "--seeds", type=positive, default=1, help="also steps of this many seeds at once"
@@ -447,8 +460,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--fusion-groups", type=positive, default=PromptConfig().fusion_groups)
     options = parser.parse_args(args)
     device = pick_device(RunConfig(device=options.device))
-    known = [p for p in PROVIDERS if device.type == "cuda" or p != "ours[graph]"]
-    providers = parse_names("--providers", options.providers or ",".join(known), known)
+    known = [p for p in PROVIDERS if device.type == "cuda" or "graph" not in p]
+    usual = [p for p in known if device.type == "cuda" or "joint" not in p]
+    providers = parse_names("--providers", options.providers or ",".join(usual), known)
     methods = parse_names("--methods", options.methods, METHODS)
     prompt = PromptConfig(r1=options.r1, fusion_groups=options.fusion_groups)
     for teacher, student in parse_pairs(options.pairs):

@@ -283,6 +283,9 @@ class StepConfig:
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """eager: PyTorch's own; compile: teacher, student and loss as compiled regions; graph: these
     and everything else of a step in one CUDA graph; auto: the fastest that applies."""
+    joint_paths: bool = False
+    """dfpt: the later stages run on both teacher paths as one batch of twice the size. Measured on
+    CPUs only, where it is slower."""
     max_skips: int = 10
     """Steps of an epoch that may be skipped because their loss or gradients are not finite."""
 

@@ -55,7 +55,8 @@ MAY_CHANGE = {
     "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume",
     "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
     "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
-    "teacher.global_batch", "step.mode", "step.max_skips",
+    "teacher.global_batch", "step.mode", "step.joint_paths",
+    "step.max_skips",
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | Non
         prompt=config.prompt,
         finetune_backbone=config.method == "dfpt_plus",
         fold_bn=config.teacher.fold_bn,
+        joint=config.step.joint_paths,
         at=config.teacher.stages,
     )
     return DualPathDistillation(student, dual, config.loss)

@@ -81,11 +81,14 @@ class DualPathTeacher(nn.Module):
         finetune_backbone: DFPT-KD+: the prompt path trains its own copy of the stages and the neck.
         fold_bn: Multiply the frozen BatchNorms into the convolutions before them. Without, the
             original path has the bits of the unsplit teacher in fp32.
+        joint: Run the frozen stages after the first pair once, on the batches of both paths
+            together: half the calls, while the input gradient of the original half is computed in
+            vain. For batches so small that a call costs more than its arithmetic.
         at: Module paths that end a stage, for a model without stages of its own.
 
     Raises:
-        UsageError: `prompt.insert_stages` names a stage that the teacher has not, or the model
-        cannot be split.
+        UsageError: `joint` with a copied backbone, `prompt.insert_stages` names a stage that the
+        teacher has not, or the model cannot be split.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class DualPathTeacher(nn.Module):
         prompt: PromptConfig = PromptConfig(),
         finetune_backbone: bool = False,
         fold_bn: bool = True,
+        joint: bool = False,
         at: Iterable[str] | None = None,
     ) -> None:
         super().__init__()
@@ -134,6 +138,9 @@ class DualPathTeacher(nn.Module):
             self.copied = copy.deepcopy(trunk, {id(p): p for p in trunk.parameters()})
         if self.copied is not None:
             self.copied.head = nn.Identity()  # the prompt path ends in `self.head`
+        if joint and self.copied is not None:
+            raise UsageError("joint paths: expected a frozen backbone in eval mode (dfpt)")
+        self.joint = joint
         self.original.shared = self.shared_stages
         self.original_once: Remembered | None = None
         self.train()
@@ -190,10 +197,33 @@ class DualPathTeacher(nn.Module):
         self.load_state_dict({**state, **frozen})  # whatever `state` says of the teacher
 
     def forward(self, images: Tensor) -> DualPathOutput:  # images [B, 3, H, W], normalised
+        if self.joint:
+            return DualPathOutput(*self.both_paths(images))
         original = self.original if self.original_once is None else self.original_once
         with torch.no_grad():
             shared, teacher_logits = original(images)
         return DualPathOutput(teacher_logits, self.continue_from(shared))
+
+    def both_paths(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the original and of the prompt path, as one batch of twice the size."""
+        trunk, count = self.original, len(images)
+        with torch.no_grad():
+            original = trunk.start(images, self.shared_stages)
+        x = original
+
+        def together(frozen: nn.Module) -> tuple[Tensor, Tensor]:
+            both = frozen(torch.cat([original, x]))
+            return both[:count].detach(), both[count:]
+
+        for i, stage in enumerate(trunk.stages, start=1):
+            if i > self.shared_stages:
+                original, x = together(stage)
+            if i in self.inserted:
+                x = self.pairs[f"stage{i}"](x)
+        original, x = together(trunk.neck)
+        with torch.no_grad():
+            teacher_logits = trunk.head(original)
+        return teacher_logits, self.head(x)
 
     def original_path(self, images: Tensor) -> Tensor:
         """Logits of the original path alone, without a graph."""
@@ -218,6 +248,8 @@ class DualPathTeacher(nn.Module):
 
     def compile_paths(self, **options: Any) -> None:
         """Compile each path as one region; `options` as of `torch.compile`."""
+        if self.joint:
+            self.both_paths = torch.compile(self.both_paths, **options)  # type: ignore
         self.original.compile(**options)
         self.continue_from = torch.compile(self.continue_from, **options)  # type: ignore
 

@@ -602,3 +602,29 @@ def test_M47_observers_are_gone_afterwards_and_after_an_error():
     with pytest.raises(ZeroDivisionError), dual.prompt_norms():
         raise ZeroDivisionError
     assert all(pair.observer is None for pair in dual.pairs.values())
+
+
+def test_joint_paths_are_the_same_paths_in_fewer_calls():
+    """Logits and gradients within rounding, the original path without a graph."""
+    found = {}
+    for joint in (False, True):
+        torch.manual_seed(0)
+        dual = DualPathTeacher(create_model("cifar:resnet14", num_classes=10), joint=joint)
+        calls = []
+        for stage in dual.original.stages:
+            stage.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        output = dual(images(batch=4))
+        assert not output.teacher_logits.requires_grad
+        output.prompt_logits.square().sum().backward()
+        grads = [p.grad for p in dual.prompt_parameters()]
+        found[joint] = (*output, *grads), len(calls)
+    (apart, apart_calls), (together, together_calls) = found[False], found[True]
+    assert (apart_calls, together_calls) == (1 + 2 + 2, 3)
+    for a, b in zip(apart, together, strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
+
+
+def test_joint_paths_need_a_frozen_backbone():
+    teacher = create_model("cifar:resnet14", num_classes=10)
+    with pytest.raises(UsageError, match="joint paths"):
+        DualPathTeacher(teacher, joint=True, finetune_backbone=True)
