@@ -448,7 +448,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--methods", default="kd,dfpt", help=",".join(METHODS))
     parser.add_argument(
         "--providers",
-        help=f"{','.join(PROVIDERS)}; absent: on a GPU all, on a CPU all but graphs and joint paths",
+        help=f"{','.join(PROVIDERS)}; absent: all, on a CPU no graph and no joint",
     )
     parser.add_argument(
         "--seeds", type=positive, default=1, help="also steps of this many seeds at once"
