@@ -26,6 +26,7 @@ from .guards import Certificate, certify
 from .methods import Method, StepOutput
 from .metrics import EpochMeter, normaliser
 from .models.parts import Remembered
+from .models.weights import first_line
 from .optim import build_ema, build_optimizer, build_schedule, learning_rates, update_ema
 from .spans import span
 
@@ -138,6 +139,8 @@ class TrainStep:
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.gate = Gate(method.trained_buffers(), device)
         self.distillation: float | Tensor = 1.0
+        self.is_proven = False
+        self.fallback: str | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream: torch.cuda.Stream | None = None
         if self.mode != "eager":
@@ -180,11 +183,39 @@ class TrainStep:
         """Do step number `step` (from 0) on `batch`."""
         with self._own_stream(batch):
             self._set_distillation(step)
-            if self.mode == "graph":
-                self._replay(batch)
+            if self.is_proven:
+                self._run(batch, step)
             else:
-                self.body(batch, step)
+                self._first(batch, step)
             self.schedule.step()
+
+    def _run(self, batch: Batch, step: int) -> None:
+        if self.mode == "graph":
+            self._replay(batch)
+        else:
+            self.body(batch, step)
+
+    def _first(self, batch: Batch, step: int) -> None:
+        """A mode that `auto` chose may turn out not to work here: eager then does the step."""
+        self.is_proven = True
+        before = self.gate.remember()
+        try:
+            self._run(batch, step)
+        except RuntimeError as error:  # of Dynamo, of a compiler, of a capture
+            if self.mode == "eager" or self.config.step.mode != "auto":
+                raise
+            # Nothing else has moved: a step fails before it updates, a capture with the gate shut.
+            self.gate.is_open.fill_(True)
+            self.gate.settle(torch.zeros_like(self.gate.is_open), before)
+            self._fall_back(error)
+            self._run(batch, step)
+
+    def _fall_back(self, error: RuntimeError) -> None:
+        self.fallback = f"steps by {self.mode} failed, eager does them: {first_line(error)}"
+        self.mode, self.graph = "eager", None
+        self.method.compile_regions(disable=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(group["lr"])
 
     def body(self, batch: Batch, step: int) -> None:
         """All of a step that runs on the device."""

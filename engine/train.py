@@ -344,6 +344,9 @@ class Trainer:
                 self.certify(batch)
             self.step(batch, progress.step)
             progress.step += 1
+            if self.step.fallback is not None:
+                self.log.warn("fallback", self.step.fallback, progress.step)
+                self.step.fallback = None
             yield
             if line.due():
                 self.step.join()

@@ -70,9 +70,11 @@ class Method(nn.Module):
         return [{"name": "student", "params": list(self.student.parameters()), "lr": optim.lr}]
 
     def compile_regions(self, **options: Any) -> None:
-        """Compile each network and the losses as a region; `options` as of `torch.compile`."""
+        """Compile each network and the losses as a region; `options` as of `torch.compile`, with
+        `disable=True` everything is as it was."""
         self.student.compile(**options)
-        self.losses = torch.compile(self.losses, **options)  # type: ignore[method-assign]
+        losses = type(self).losses.__get__(self)  # not the one that was compiled before
+        self.losses = torch.compile(losses, **options)  # type: ignore[method-assign]
 
     def share_teacher(self, other: Method) -> None:
         """Use the frozen teacher of `other`, an equal one; computed once for the same images."""

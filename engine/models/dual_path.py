@@ -248,10 +248,10 @@ class DualPathTeacher(nn.Module):
 
     def compile_paths(self, **options: Any) -> None:
         """Compile each path as one region; `options` as of `torch.compile`."""
-        if self.joint:
-            self.both_paths = torch.compile(self.both_paths, **options)  # type: ignore
         self.original.compile(**options)
-        self.continue_from = torch.compile(self.continue_from, **options)  # type: ignore
+        for name in ("both_paths", "continue_from"):
+            written = getattr(type(self), name).__get__(self)  # not what was compiled before
+            setattr(self, name, torch.compile(written, **options))
 
     def share_original(self, other: DualPathTeacher) -> None:
         """Use the original path of `other`, an equal one; computed once for the same images."""

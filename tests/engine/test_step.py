@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from dfptkd.engine import step as step_module
 from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, StepConfig
 from dfptkd.engine.data import load_data, train_batches
 from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
+from dfptkd.engine.methods.dfpt import DualPathDistillation
 from dfptkd.engine.models import create_model
 from dfptkd.engine.step import TrainStep, choose_mode
 
@@ -419,4 +421,40 @@ def test_compiled_steps_follow_eager_ones_without_breaks_or_recompiles(method):
     other = train(make_step(method, loss=loss, optim=faster), count=4)
     assert (way(other, start) - theirs).norm() > 0.1 * theirs.norm()  # the measure sees that much
     with compiled.plainly():  # evaluation has other shapes
-        compiled.method.student.eval()(torch.zeros(3, 3, 16, 16))
+        compiled.method.student(torch.zeros(3, 3, 16, 16))
+    compiled.method.compile_regions(disable=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(batches(size=5)[0], 5)
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch):
+    """Compiled code fails when it is first called, as where there is no C++ compiler."""
+
+    def fail(*_):
+        raise RuntimeError("InductorError: no C++ compiler\nand many more lines")
+
+    def compile_regions(self, disable=False, **_):
+        self.losses = type(self).losses.__get__(self) if disable else fail
+
+    monkeypatch.setattr(DualPathDistillation, "compile_regions", compile_regions)
+    monkeypatch.setattr(step_module, "choose_mode", lambda *_: ("compile", "for the test"))
+
+
+def test_a_mode_of_auto_that_fails_leaves_the_step_to_eager(broken_compiler):
+    step, expected = make_step("dfpt_plus"), make_step("dfpt_plus")
+    expected.method.compile_regions(disable=True)
+    expected.mode = "eager"
+    train(step, count=2)
+    train(expected, count=2)
+    assert step.mode == "eager"
+    assert step.fallback.endswith("eager does them: InductorError: no C++ compiler")
+    assert same(step.method.trained_state(), expected.method.trained_state())
+    assert torch.equal(step.meter.sums, expected.meter.sums)
+    assert step.gate.skipped == 0
+
+
+def test_a_mode_that_was_asked_for_and_fails_is_an_error(broken_compiler):
+    step = make_step("dfpt", step=StepConfig(mode="compile"))
+    with pytest.raises(RuntimeError, match="no C"):
+        train(step, count=1)
