@@ -35,13 +35,13 @@ OPERATIONS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "partial_pointwise_conv": {"native": (torch.float32,), "triton": _FLOATS},
     "batch_norm_affine": {"native": (torch.float32,)},
     "affine_relu": {"native": (torch.float32,), "triton": _FLOATS},
-    "frozen_conv2d": {},
+    "frozen_conv2d": {"native": (torch.float32,)},
     "frozen_relu": {"native": (torch.float32,), "triton": _FLOATS},
 }
 
-# Operation -> backends that leave it to PyTorch, forced or not: cuDNN and oneDNN convolve well, and
-# a few values a channel need no kernel on a GPU.
-_LEFT_TO_PYTORCH = {"frozen_conv2d": ("native", "triton"), "batch_norm_affine": ("triton",)}
+# Operation -> backends that leave it to PyTorch, forced or not: cuDNN convolves well, and a few
+# values a channel need no kernel on a GPU.
+_LEFT_TO_PYTORCH = {"frozen_conv2d": ("triton",), "batch_norm_affine": ("triton",)}
 
 _AUTOMATIC = {"cpu": "native", "cuda": "triton"}
 _log = logging.getLogger(__name__)

@@ -64,7 +64,9 @@ def freeze(module: nn.Module, *, fold: bool) -> nn.Module:
     for name in {str(node.target) for node in calls}:
         layer = layers[name]
         if _is_convolution(layer):
-            frozen.set_submodule(name, FrozenConv2d(layer, layer.weight, layer.bias))
+            frozen.set_submodule(
+                name, FrozenConv2d(layer, layer.weight, layer.bias, exact=not fold)
+            )
         elif _is_batch_norm(layer):
             frozen.set_submodule(name, FrozenAffine(layer) if fold else FrozenBatchNorm2d(layer))
     for node in list(graph.nodes):
@@ -109,13 +111,16 @@ class _Constants(nn.Module):
 class FrozenConv2d(_Constants):
     """`frozen_conv2d` with constants [C_out, C / groups, kh, kw] and [C_out] or None."""
 
-    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *, exact: bool
+    ) -> None:
         super().__init__(weight=weight, bias=bias)
+        self.exact = exact  # the bits of torch's own convolution
         self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C_out, H_out, W_out]
         weight, bias = self.values(autocast_dtype(x) or self.weight.dtype)
-        return frozen_conv2d(x, weight, bias, *self.options)
+        return frozen_conv2d(x, weight, bias, *self.options, exact=self.exact)
 
 
 class FrozenAffine(_Constants):
@@ -197,7 +202,7 @@ def _fold_into_convolution(
     weight = conv.weight.detach().double() * scale[:, None, None, None]
     bias = shift if conv.bias is None else shift + conv.bias.detach().double() * scale
     dtype = conv.weight.dtype
-    frozen.set_submodule(name, FrozenConv2d(conv, weight.to(dtype), bias.to(dtype)))
+    frozen.set_submodule(name, FrozenConv2d(conv, weight.to(dtype), bias.to(dtype), exact=False))
     layers[name] = frozen.get_submodule(name)
     node.replace_all_uses_with(source)
     frozen.graph.erase_node(node)

@@ -91,7 +91,7 @@ def test_a_backend_that_an_operation_does_not_have_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "operation"),
-    [("native", "frozen_conv2d"), ("triton", "frozen_conv2d"), ("triton", "batch_norm_affine")],
+    [("triton", "frozen_conv2d"), ("triton", "batch_norm_affine")],
 )
 def test_what_a_backend_leaves_to_pytorch_is_not_refused(name, operation):
     with use_backend(name):

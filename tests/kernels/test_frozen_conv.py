@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from dfptkd.kernels import frozen_conv, frozen_conv2d
+from dfptkd.kernels import backend, frozen_conv, frozen_conv2d, use_backend
 
 # C_in, C_out, kernel, size, options
 CASES = [
@@ -234,3 +235,246 @@ def test_inputs_that_do_not_fit_are_named(change, named):
     arguments = {"x": torch.zeros(2, 3, 9, 7), "weight": torch.zeros(8, 3, 3, 3), **change}
     with pytest.raises(ValueError, match=named):
         frozen_conv2d(**arguments)
+
+
+# The native backend
+# -----------------------------------------------------------------------
+
+needs_native = pytest.mark.skipif(
+    backend.unavailable("native") is not None, reason=str(backend.unavailable("native"))
+)
+NATIVE = torch.ops.dfptkd.frozen_conv3x3_native.default
+# [N, C, H, W], C_out: whole and partial tiles and vectors, one and several blocks.
+SHAPES = [
+    (2, 1, 1, 1, 1),
+    (1, 1, 5, 4, 256),
+    (3, 256, 6, 5, 1),
+    (2, 3, 9, 7, 16),
+    (2, 16, 32, 32, 16),
+    (1, 17, 1, 33, 40),
+    (1, 33, 33, 1, 7),
+    (2, 31, 4, 3, 33),
+    (4, 16, 4, 4, 256),
+    (4, 256, 4, 5, 17),
+    (2, 32, 32, 32, 32),
+    (2, 48, 13, 11, 20),
+    (2, 64, 16, 16, 64),
+    (3, 128, 8, 8, 128),
+    (1, 100, 33, 33, 15),
+    (2, 256, 7, 7, 256),
+]
+
+
+def make_3x3(shape, *, is_post_relu=False):
+    """x, weight, bias and the output's gradient, in fp32 and channels_last."""
+    *sizes, c_out = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = randn(*sizes).contiguous(memory_format=torch.channels_last)
+    weight = randn(c_out, sizes[1], 3, 3).contiguous(memory_format=torch.channels_last)
+    grad_y = randn(sizes[0], c_out, *sizes[2:]).contiguous(memory_format=torch.channels_last)
+    return x.relu() if is_post_relu else x, weight, randn(c_out), grad_y
+
+
+def in_both_directions(x, weight, bias, grad_y):
+    x = x.detach().requires_grad_()
+    y = frozen_conv2d(x, weight, bias, padding=1)
+    return y.detach(), *torch.autograd.grad(y, x, grad_y)
+
+
+@needs_native
+@pytest.mark.parametrize("is_post_relu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errors_of_the_native_kernel_are_at_most_twice_onednns(shape, is_post_relu):
+    case = make_3x3(shape, is_post_relu=is_post_relu)
+    with use_backend("native"):
+        found = in_both_directions(*case)
+    with use_backend("reference"):
+        onednn = in_both_directions(*case)
+        truth = in_both_directions(*(tensor.double() for tensor in case))
+    few_ulp = 4 * torch.finfo(torch.float32).eps
+    for ours, theirs, true in zip(found, onednn, truth, strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        mean = [(y - true).norm() / true.norm() for y in (ours, theirs)]
+        worst = [(y - true).abs().max() / true.abs().max() for y in (ours, theirs)]
+        print(f"{mean[0]:.2g} {mean[1]:.2g}  {worst[0]:.2g} {worst[1]:.2g}")
+        assert mean[0] <= 2 * mean[1] + few_ulp / 2
+        assert worst[0] <= 2 * worst[1] + few_ulp
+
+
+@needs_native
+def test_a_wrong_tap_is_seen_by_that_bound():
+    x, weight, bias, _ = make_3x3((2, 64, 16, 16, 64))
+    truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    bound = 2 * (F.conv2d(x, weight, bias, padding=1) - truth).norm() / truth.norm() + 2e-7
+    weight[5, 7, 2, 0] *= 1 + 1e-3
+    assert (NATIVE(x, weight, bias, False) - truth).norm() / truth.norm() > bound
+
+
+@needs_native
+def test_layouts_of_the_weight_and_of_the_gradient_do_not_matter():
+    x, weight, bias, grad_y = make_3x3((2, 31, 9, 10, 33))
+    with use_backend("native"):
+        want = in_both_directions(x, weight, bias, grad_y)
+        for change in (torch.Tensor.contiguous, lambda t: t.mT.contiguous().mT):
+            found = in_both_directions(x, change(weight), bias, change(grad_y))
+            assert all(map(torch.equal, found, want))
+        assert torch.equal(NATIVE(x, weight, None, False) + bias[:, None, None], want[0])
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(3, 48, 13, 11, 20), (5, 64, 16, 16, 64)], ids=str)
+def test_bits_depend_on_neither_repeats_threads_nor_the_batch(shape):
+    case = make_3x3(shape)
+    threads = torch.get_num_threads()
+    with use_backend("native"):
+        want = in_both_directions(*case)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert all(map(torch.equal, in_both_directions(*case), want))
+        finally:
+            torch.set_num_threads(threads)
+        x, weight, bias, grad_y = case
+        for i in range(shape[0]):
+            found = in_both_directions(x[i : i + 1], weight, bias, grad_y[i : i + 1])
+            assert all(torch.equal(a[0], b[i]) for a, b in zip(found, want, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("pixel", [(0, 0), (4, 7), (5, 6), (11, 12)])
+def test_a_nan_or_an_infinity_reaches_what_it_does_by_the_definition(value, pixel):
+    x, weight, bias, _ = make_3x3((1, 16, 12, 13, 16))
+    finite = NATIVE(x, weight, bias, False)
+    row, col = pixel
+    x[0, 3, row, col] = value
+    found = NATIVE(x, weight, bias, False)
+    is_reached = ~F.conv2d(x, weight, bias, padding=1).isfinite()
+    assert torch.equal(~found.isfinite(), is_reached)
+    assert torch.equal(found[~is_reached], finite[~is_reached])
+
+
+def taken(monkeypatch, *inputs, **options):
+    """Whether a call reaches the native kernel."""
+    calls = []
+
+    def note(*inputs):
+        calls.append(inputs)
+        return NATIVE(*inputs)
+
+    monkeypatch.setattr(frozen_conv, "_native", note)
+    frozen_conv2d(*inputs, **options)
+    return bool(calls)
+
+
+@needs_native
+def test_the_native_kernel_is_taken_where_it_serves_and_pays(monkeypatch):
+    x, weight, bias, _ = make_3x3((2, 16, 16, 16, 16))
+    same = {"padding": 1}
+    assert taken(monkeypatch, x, weight, bias, **same)
+    assert taken(monkeypatch, x.clone().requires_grad_(), weight, bias, **same)
+    for tensors, options in [
+        ((x, weight, bias), {"padding": 1, "exact": True}),
+        ((x, weight, bias), {"padding": 0}),
+        ((x, weight, bias), {"padding": 1, "stride": 2}),
+        ((x, weight, bias), {"padding": 2, "dilation": 2}),
+        ((x, weight[:, :8], bias), {"padding": 1, "groups": 2}),
+        ((x, weight[..., :1], bias), {"padding": (1, 0)}),
+        ((x.contiguous(), weight, bias), same),
+        ((x.double(), weight.double(), bias.double()), same),
+        ((x.to(torch.bfloat16), weight.to(torch.bfloat16), bias.to(torch.bfloat16)), same),
+    ]:
+        assert not taken(monkeypatch, *tensors, **options)
+    # Too few channels, tiles, outputs in a tile, rows: unless asked for.
+    for shape in [
+        (2, 8, 16, 16, 16),
+        (2, 16, 16, 16, 8),
+        (1, 16, 16, 16, 16),
+        (64, 16, 5, 5, 16),
+        (99, 16, 2, 4, 16),
+    ]:
+        x, weight, bias, _ = make_3x3(shape)
+        assert not taken(monkeypatch, x, weight, bias, **same)
+        with use_backend("native"):
+            assert taken(monkeypatch, x, weight, bias, **same)
+            assert not taken(monkeypatch, x, weight, bias, **same, exact=True)
+            assert not taken(monkeypatch, x.contiguous(), weight, bias, **same)
+        with use_backend("reference"):
+            assert not taken(monkeypatch, x, weight, bias, **same)
+
+
+@needs_native
+def test_the_exact_convolution_has_torchs_bits():
+    x, weight, bias, _ = make_3x3((2, 32, 16, 16, 32))
+    want = F.conv2d(x, weight, bias, padding=1)
+    assert not torch.equal(frozen_conv2d(x, weight, bias, padding=1), want)
+    for pixels in (x, x.clone().requires_grad_()):
+        assert torch.equal(frozen_conv2d(pixels, weight, bias, padding=1, exact=True), want)
+
+
+@needs_native
+def test_the_native_backend_keeps_the_weight_alone():
+    x, weight, bias, _ = make_3x3((2, 32, 16, 16, 32))
+    x.requires_grad_()
+    kept, _ = kept_for_backward(lambda: frozen_conv2d(x, weight, bias, padding=1))
+    assert kept == {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()}
+
+
+@needs_native
+def test_empty_batches_and_images_are_served_natively():
+    for shape in [(0, 16, 8, 8, 32), (2, 16, 0, 8, 32)]:
+        x, weight, bias, grad_y = make_3x3(shape)
+        assert NATIVE(x, weight, bias, False).shape == grad_y.shape
+        assert NATIVE(grad_y, weight, None, True).shape == x.shape
+
+
+@needs_native
+def test_flops_are_those_of_the_definition():
+    x, weight, bias, _ = make_3x3((2, 32, 16, 16, 32))
+    x.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        frozen_conv2d(x, weight, bias, padding=1).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 2 * 16 * 16 * 32 * 32 * 9
+
+
+@needs_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_operator_passes_opcheck(transposed, with_bias):
+    x, weight, bias, _ = make_3x3((2, 7, 9, 10, 7))
+    inputs = (x.requires_grad_(), weight, bias if with_bias else None, transposed)
+    torch.library.opcheck(torch.ops.dfptkd.frozen_conv3x3.default, inputs)
+
+
+@needs_native
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_the_native_backend_compiles_as_one_graph(compiler):
+    torch._dynamo.reset()
+    case = make_3x3((2, 32, 16, 16, 32))
+    want = in_both_directions(*case)
+    x, weight, bias, grad_y = case
+    compiled = torch.compile(frozen_conv2d, fullgraph=True, backend=compiler)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, weight, bias, padding=1), want[0])
+    y = compiled(x.requires_grad_(), weight, bias, padding=1)
+    assert torch.equal(y, want[0])
+    assert torch.equal(torch.autograd.grad(y, x, grad_y)[0], want[1])
+
+
+@needs_native
+def test_the_operator_refuses_what_does_not_fit():
+    x, weight, bias, _ = make_3x3((2, 16, 8, 8, 32))
+    for inputs in [
+        (x[0], weight, bias, False),
+        (x, weight, bias, True),
+        (x, weight[..., :2], bias, False),
+        (x, weight, bias[1:], False),
+        (x.double(), weight, bias, False),
+        (x[:, :0], weight[:, :0], bias, False),
+    ]:
+        with pytest.raises(RuntimeError, match="frozen_conv3x3"):
+            NATIVE(*inputs)

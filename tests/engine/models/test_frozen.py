@@ -132,6 +132,22 @@ def test_every_layer_of_a_known_family_is_frozen(name, fold):
         assert FrozenAffine not in layers(piece) or (fold and pre_activation)
 
 
+def test_without_folding_the_convolutions_are_torchs_own(monkeypatch):
+    asked = []
+
+    def note(*args, exact):
+        asked.append(exact)
+        return F.conv2d(*args)
+
+    monkeypatch.setattr(frozen, "frozen_conv2d", note)
+    x, piece = image_for("cifar:"), pieces_of("cifar:resnet8")[0]
+    for fold in (False, True):
+        freeze(piece, fold=fold)(x)
+        assert asked
+        assert all(exact is not fold for exact in asked)
+        asked.clear()
+
+
 def test_constants_are_shared_without_folding_and_fresh_with_it():
     piece = pieces_of("cifar:resnet8")[1]
     own = {v.data_ptr() for v in piece.state_dict().values()}
@@ -292,7 +308,7 @@ def test_frozen_stages_keep_at_most_055_of_what_autograd_keeps(name, fold):
 
 @pytest.mark.parametrize("name", ["cifar:resnet32x4", "torchvision:mobilenet_v2"])
 def test_with_ordinary_operations_the_bound_is_broken(name, monkeypatch):
-    monkeypatch.setattr(frozen, "frozen_conv2d", F.conv2d)
+    monkeypatch.setattr(frozen, "frozen_conv2d", lambda *args, exact: F.conv2d(*args))
     monkeypatch.setattr(
         FrozenBatchNorm2d,
         "forward",
