@@ -46,7 +46,7 @@ from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, tr
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .records import RUN_FORMAT
-from .step import TrainStep
+from .step import TrainStep, choose_mode
 from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
 from .together import RandomState, SharedBatches, take_turns
 
@@ -108,6 +108,7 @@ def run_seeds(config: RunConfig) -> list[RunResult]:
         raise UsageError(f"out={config.out!r} with {len(seeds)} seeds: expected --out-root")
     with stop_on_signal() as stop:
         device = pick_device(config)
+        choose_mode(config, device)  # refuses before anything is read
         prepare_torch(config)
         data = load_data(config.data, device)
         made = []

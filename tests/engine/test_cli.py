@@ -49,6 +49,7 @@ def refused(args: str, capsys) -> tuple[int, str]:
         ("train quickstart --prompt.kernels 3,4", 2, ["prompt.kernels=(3, 4)", "odd"]),
         ("train quickstart --optim.milestones 0.9,0.5", 2, ["optim.milestones", "ascending"]),
         ("train quickstart --device tpu --teacher.weights x", 2, ["'tpu'", "cpu or cuda"]),
+        (f"train {PAIR} --device cpu --step.mode graph", 2, ["step.mode='graph'", "CUDA device"]),
         (f"train {PAIR} --data.root /nowhere", 3, ["/nowhere", "cifar-100"]),
         (f"train {PAIR} --method ce", 3, ["--data.root", "DFPTKD_DATA"]),
         ("train --config /nowhere.json", 3, ["/nowhere.json", "run.json"]),
