@@ -113,7 +113,7 @@ class CapturedForward:
             self.forward(inputs)
         torch.cuda.current_stream(images.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.forward(inputs)
         return graph, inputs, output
 

@@ -45,7 +45,7 @@ def choose_mode(config: RunConfig, device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         obstacle = f"a CUDA graph needs a CUDA device, this is {device.type}"
     elif config.precision == "fp16":
-        obstacle = "gradient scaling of fp16 decides on the host"
+        obstacle = "fp16's gradient scaling is not captured yet"
     elif config.loss.update == "alternating":
         obstacle = "alternating updates are two different steps"
     if asked == "graph" and obstacle is not None:
@@ -174,7 +174,8 @@ class TrainStep:
     def certify(self, batch: Batch) -> Certificate | None:
         """Check the fused loss on a batch; nothing of the run's state moves."""
         with self.autocast(), self.plainly():
-            images, labels = self.image_parts(batch)[0], self._label_parts(batch)[0]
+            # Images of its own: what is remembered for the run's must be made as the run makes it.
+            images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
             certificate = certify(self.method, images, labels)
         self.reference_only = certificate is not None and not certificate.holds
         return certificate
@@ -201,6 +202,8 @@ class TrainStep:
         before = self.gate.remember()
         try:
             self._run(batch, step)
+        except torch.OutOfMemoryError:  # eager would need no less
+            raise
         except RuntimeError as error:  # of Dynamo, of a compiler, of a capture
             if self.mode == "eager" or self.config.step.mode != "auto":
                 raise
@@ -344,15 +347,34 @@ class TrainStep:
         for group in self.optimizer.param_groups:  # read anew by every replay
             group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
         random = torch.cuda.get_rng_state(self.device)
-        self.gate.is_open.fill_(False)
+        here = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP_STEPS):
-                self.body(self.inputs, 0)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.gate.is_open.fill_(False)
+        side.wait_stream(here)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP_STEPS):
+                    self.body(self.inputs, 0)
+            here.wait_stream(side)
+            self._record()
+        finally:
+            torch.cuda.synchronize(self.device)  # nothing may still look at the gate
+            torch.cuda.set_rng_state(random, self.device)
+            self.gate.is_open.fill_(True)
+
+    def _record(self) -> None:
+        """The capture itself.
+
+        Raises:
+            UsageError: It failed; what the allocator then holds rules out going on in this process.
+        """
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.body(self.inputs, 0)
-        self.gate.is_open.fill_(True)
-        torch.cuda.set_rng_state(random, self.device)
+        try:
+            # Threads that load data may talk to the device meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.body(self.inputs, 0)
+        except RuntimeError as error:
+            raise UsageError(
+                f"step.mode={self.config.step.mode!r}: a step cannot be captured as a CUDA graph "
+                f"here ({first_line(error)}): expected --step.mode compile or eager"
+            ) from error

@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch
 
 from .data import Batch, Split, steps_per_epoch, train_batches
-from .errors import DfptkdError
 
 Result = TypeVar("Result")
 
@@ -85,7 +84,7 @@ def take_turns(
         states: The random generators of each.
     """
     results: dict[int, Result] = {}
-    failures: list[DfptkdError] = []
+    failures: list[Exception] = []
     active = dict(enumerate(runs))
     while active:
         for i, run in list(active.items()):
@@ -95,7 +94,7 @@ def take_turns(
             except StopIteration as end:
                 results[i] = end.value
                 del active[i]
-            except DfptkdError as error:
+            except Exception as error:
                 failures.append(error)
                 del active[i]
     if failures:

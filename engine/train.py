@@ -43,7 +43,6 @@ from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
-from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .records import RUN_FORMAT
 from .step import TrainStep, choose_mode
@@ -58,6 +57,10 @@ MAY_CHANGE = {
     "teacher.global_batch", "step.mode", "step.joint_paths",
     "step.max_skips",
 }  # fmt: skip
+
+
+# Steps in which fp16 may look for its scale before an epoch that counts nothing is a failure.
+SCALE_SEARCH_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,8 @@ class Trainer:
             while True:
                 at_edge = progress.step % self.per_epoch == 0 or progress.step >= self.end_step
                 # A run may also have been stopped right at the edge, its epoch not yet evaluated.
-                if at_edge and meter.num_images():
+                never = progress.step >= self.end_step and not progress.last
+                if at_edge and (meter.num_images() or never):
                     self.end_of_epoch(meter.read(self.config.has_prompt_path))
                 if progress.step >= self.end_step:
                     return
@@ -347,8 +351,11 @@ class Trainer:
             progress.step += 1
             if self.step.fallback is not None:
                 self.log.warn("fallback", self.step.fallback, progress.step)
+                self.evaluator.captured = False
                 self.step.fallback = None
+            paused = time.monotonic()
             yield
+            started += time.monotonic() - paused  # the turns of other runs
             if line.due():
                 self.step.join()
                 means = self.step.meter.read(config.has_prompt_path)
@@ -438,13 +445,18 @@ class Trainer:
     def check_skips(self) -> None:
         """Say how many steps of the epoch were skipped; stop where nothing else happened."""
         skipped, counted = int(self.step.gate.skipped.item()), self.step.meter.num_images()
+        if not skipped and not counted and self.progress.step >= SCALE_SEARCH_STEPS:
+            raise NumericError(
+                f"no step of this epoch counts by step {self.progress.step}: gradients overflow at "
+                "any scale; expected --precision bf16 or fp32; the last checkpoint is intact"
+            )
         if not skipped:
             return
         message = (
             f"{skipped} steps of this epoch skipped by step {self.progress.step}: loss or "
             "gradients not finite"
         )
-        if skipped > self.config.step.max_skips or not counted:
+        if skipped > self.config.step.max_skips or not (counted or self.stop):
             raise NumericError(
                 f"{message}; expected at most --step.max-skips {self.config.step.max_skips} and "
                 "one that is not (a lower --optim.lr, or --optim.clip-grad-norm); the last "
@@ -458,7 +470,8 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Of the student, in the step just done."""
-        return learning_rates(self.step.schedule)[0]
+        schedule = self.step.schedule
+        return schedule.base_lrs[0] * schedule.lr_lambdas[0](max(self.progress.step - 1, 0))
 
     def columns(self) -> list[str]:
         """Columns of metrics.csv for this method."""
@@ -570,7 +583,9 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.progress = Progress(**state["progress"])
         self.alarmed = state["alarmed"]
-        self.saved_step = self.progress.step if checkpoint.path.parent.parent == self.out else None
+        # An epoch that was saved at its edge is still to be evaluated, and then saved again.
+        is_complete = checkpoint.path.parent.parent == self.out and not step.meter.num_images()
+        self.saved_step = self.progress.step if is_complete else None
 
     def write_student(self) -> None:
         """The finished network: plain architecture, plain names."""
