@@ -157,6 +157,20 @@ def test_one_seed_that_fails_does_not_stop_the_others(root, tmp_path, monkeypatc
         assert (tmp_path / f"tiny-ce-seed{seed}/student.safetensors").is_file() == is_done
 
 
+def test_a_seed_that_crashes_does_not_take_the_others_with_it(root, tmp_path, monkeypatch):
+    status = train_module.Trainer.check_saturation
+
+    def crash(self, epoch):
+        if self.config.seed == 0:
+            raise RuntimeError("out of memory")
+        status(self, epoch)
+
+    monkeypatch.setattr(train_module.Trainer, "check_saturation", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_seeds(make_config(root, "ce", out_root=str(tmp_path), seeds=(0, 1)))
+    assert (tmp_path / "tiny-ce-seed1/student.safetensors").is_file()
+
+
 def test_seeds_go_on_from_where_each_stands(root, tmp_path):
     """One finished, one stopped half-way, one not begun: all end as if run alone."""
     config = make_config(root, "ce", out_root=str(tmp_path / "a"))

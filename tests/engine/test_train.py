@@ -330,6 +330,28 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_intact(root, t
     assert json.loads((tmp_path / "a/status.json").read_text())["state"] == "failed"
 
 
+def test_a_run_stopped_in_its_last_step_saves_what_it_then_evaluates(root, tmp_path, monkeypatch):
+    config = make_config(root, "kd", out=str(tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        StopAt(patch, 5)
+        with pytest.raises(Stopped):
+            run(config)
+    result = run(config)
+    assert result.last
+    assert state_of(tmp_path / "a", 6)[1]["progress"]["last"] == result.last
+    assert run(config).last == result.last  # finished: read from the checkpoint
+
+
+def test_an_epoch_that_counts_nothing_ends_the_run(root, tmp_path, monkeypatch):
+    """As when the gradients of a scaled loss overflow for good: that is no skip."""
+    monkeypatch.setattr(train_module, "SCALE_SEARCH_STEPS", 4)
+    monkeypatch.setattr(
+        train_module.TrainStep, "_update", lambda *_: torch.zeros((), dtype=torch.bool)
+    )
+    with pytest.raises(NumericError, match="no step of this epoch counts by step 6"):
+        run(make_config(root, "ce", out=str(tmp_path / "a")))
+
+
 def spoil_steps(monkeypatch, *bad):
     """The images of these steps hold a NaN."""
 
