@@ -5,7 +5,7 @@ frozen BatchNorms as they are, `ours` what a run takes. Times are of the parts
 
     teacher         original path, no gradient
     pairs           every prompt + fusion pair on its stage's output: forward, and with backward
-    step            DFPT-KD step: both paths, student, loss, backward, SGD
+    step            a run's own DFPT-KD step
 
 Bytes are those that the forward pass keeps for the backward (of the pairs, of the whole prompt
 path), parameters and buffers not counted. Frozen stages keep no input on either side;
@@ -18,29 +18,22 @@ nor weights are needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..engine.config import LossConfig, PromptConfig, RunConfig
+from ..engine.data import load_data, train_batches
 from ..engine.memory import kept_bytes
-from ..engine.methods.dfpt import DualPathDistillation
-from ..engine.models import DualPathTeacher, create_model
-from ..engine.models.cost import TeacherCost, count_macs, teacher_cost, training_macs
+from ..engine.models import DualPathTeacher
+from ..engine.stand_in import PairCost, build_step, pair_cost
 from ..engine.timing import time_interleaved
-from ..engine.train import pick_device
 from ..kernels import use_backend
-from .measure import (
-    Row,
-    append_rows,
-    bench_parser,
-    make_row,
-    peak_bytes,
-    positive,
-)
+from .measure import Row, append_rows, bench_parser, make_row, peak_bytes
+from .step import Setting, add_pair_options, make_setting
 
 PARTS = ("teacher", "pairs", "pairs+backward", "step")
 
@@ -54,48 +47,20 @@ class Side:
     path_kept: int
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What both sides share."""
-
-    teacher: str
-    student: str
-    classes: int
-    batch: int
-    image_size: int
-    prompt: PromptConfig
-    device: torch.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Compute dtype: that of a run with precision "auto"."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    @property
-    def images(self) -> tuple[int, int, int, int]:
-        """[B, 3, H, W]."""
-        return self.batch, 3, self.image_size, self.image_size
-
-
 def make_side(setting: Setting, backend: str | None) -> Side:
     """The reference with unfolded BatchNorms if `backend` says so; None: what a run takes."""
-    torch.manual_seed(0)
     device = setting.device
-    teacher = create_model(setting.teacher, num_classes=setting.classes)
-    student = create_model(setting.student, num_classes=setting.classes)
-    dual = DualPathTeacher(teacher, prompt=setting.prompt, fold_bn=backend is None)
-    method = DualPathDistillation(student, dual, LossConfig())
-    method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        [*student.parameters(), *dual.prompt_parameters()], lr=1e-3, momentum=0.9
-    )
-    images = torch.randn(setting.images, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    target = torch.randint(setting.classes, (setting.batch,), device=device)
+    config = setting.config("eager")
+    config = replace(config, teacher=replace(config.teacher, fold_bn=backend is None))
+    data = load_data(config.data, device)
+    step = build_step(config, data, device)
+    dual: Any = step.method.teacher
+    batch = next(train_batches(data.train, batch_size=setting.batch, seed=0, epoch=0))
+    images = step.normalise(batch)
 
     def served(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            with torch.autocast(device.type, setting.dtype, enabled=device.type == "cuda"):
+            with step.autocast():
                 if backend is None:
                     return call()
                 with use_backend(backend):
@@ -114,18 +79,13 @@ def make_side(setting: Setting, backend: str | None) -> Side:
         for tensor in (*inputs.values(), *dual.pairs.parameters()):
             tensor.grad = None
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        method(images, target).total.backward()
-        optimizer.step()
-
     constants = [*dual.parameters(), *dual.buffers()]
     return Side(
         calls={
             "teacher": served(lambda: dual.original_path(images)),
             "pairs": served(pairs),
             "pairs+backward": served(pairs_backward),
-            "step": served(step),
+            "step": served(lambda: step(batch, 1)),
         },
         pairs_kept=kept_bytes(served(pairs), constants),
         path_kept=kept_bytes(served(lambda: dual.prompt_path(images)), constants),
@@ -152,13 +112,12 @@ class Overhead:
     setting: Setting
     rows: list[Row]
     sides: dict[str, Side]
-    cost: TeacherCost
-    step_macs: int
+    cost: PairCost
 
     @property
     def pair_macs(self) -> int:
         """Of all pairs, forward, one image."""
-        return self.cost.added_macs - self.cost.head_macs
+        return self.cost.teacher.added_macs - self.cost.teacher.head_macs
 
     def milliseconds(self, side: str, part: str) -> float:
         """Median time of a part."""
@@ -167,10 +126,6 @@ class Overhead:
 
 def measure(setting: Setting, *, rounds: int) -> Overhead:
     """Both sides of every part."""
-    teacher = create_model(setting.teacher, num_classes=setting.classes)
-    student = create_model(setting.student, num_classes=setting.classes)
-    cost = teacher_cost(teacher, setting.prompt, (setting.image_size, setting.image_size))
-    student_macs = count_macs(student, (1, *setting.images[1:]))
     sides = {"eager": make_side(setting, "reference"), "ours": make_side(setting, None)}
     rows = []
     for part in PARTS:
@@ -184,7 +139,7 @@ def measure(setting: Setting, *, rounds: int) -> Overhead:
                 provider=name,
                 passes=part,
                 contract="hot",
-                shape=setting.images,
+                shape=setting.shape,
                 dtype=setting.dtype,
                 bytes_moved=None,
                 copy_gb_per_s=None,
@@ -192,8 +147,8 @@ def measure(setting: Setting, *, rounds: int) -> Overhead:
             )
             for name, timing in timings.items()
         ]
-    step_macs = training_macs("dfpt", student_macs, cost)
-    return Overhead(setting, rows, sides, cost, step_macs)
+    cost = pair_cost(setting.config("eager"), setting.classes, setting.shape[2:])
+    return Overhead(setting, rows, sides, cost)
 
 
 def print_overhead(found: Overhead) -> None:
@@ -215,8 +170,8 @@ def print_overhead(found: Overhead) -> None:
         parts.add_row(
             f"MB kept by the {name}", f"{eager:.1f}", f"{ours:.1f}", f"{eager / ours:.2f}"
         )
-    teacher_share = found.pair_macs / found.cost.teacher_macs
-    step_share = 3 * found.pair_macs / found.step_macs
+    teacher_share = found.pair_macs / found.cost.teacher.teacher_macs
+    step_share = 3 * found.pair_macs / found.cost.training_macs("dfpt")
     for label, part, whole, macs in (
         ("forward, of the teacher's", "pairs", "teacher", teacher_share),
         ("with backward, of the step", "pairs+backward", "step", step_share),
@@ -244,21 +199,9 @@ def main(args: Sequence[str]) -> int:
     parser = bench_parser("overhead", rounds=20)
     parser.add_argument("--teacher", default="cifar:resnet32x4", help="name of a model")
     parser.add_argument("--student", default="cifar:resnet8x4", help="name of a model")
-    parser.add_argument("--classes", type=positive, default=100)
-    parser.add_argument("--image-size", type=positive, default=32, help="side in pixels")
-    parser.add_argument("--batch", type=positive, default=64, help="images in a step")
-    parser.add_argument("--r1", type=positive, default=PromptConfig().r1)
-    parser.add_argument("--fusion-groups", type=positive, default=PromptConfig().fusion_groups)
+    add_pair_options(parser)
     options = parser.parse_args(args)
-    setting = Setting(
-        options.teacher,
-        options.student,
-        options.classes,
-        options.batch,
-        options.image_size,
-        PromptConfig(r1=options.r1, fusion_groups=options.fusion_groups),
-        pick_device(RunConfig(device=options.device)),
-    )
+    setting = make_setting(options, options.teacher, options.student, "dfpt")
     found = measure(setting, rounds=options.rounds)
     append_rows(found.rows, options.out)
     print_overhead(found)

@@ -19,6 +19,7 @@ against plain's before anything is timed. Neither data nor weights are needed.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 from collections.abc import Callable, Sequence
@@ -31,14 +32,22 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..engine.config import DataConfig, LossConfig, OptimConfig, PromptConfig, RunConfig, StepConfig
+from ..engine.cli import Parser
+from ..engine.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    PromptConfig,
+    RunConfig,
+    StepConfig,
+    TeacherConfig,
+)
 from ..engine.data import Batch, load_data, train_batches
 from ..engine.errors import UsageError
 from ..engine.memory import kept_bytes
-from ..engine.methods import build_method
 from ..engine.metrics import Normalise, normaliser
 from ..engine.models import PromptFusion, create_model, split_stages
-from ..engine.models.cost import count_macs, teacher_cost, training_macs
+from ..engine.stand_in import build_step, pair_cost
 from ..engine.step import TrainStep
 from ..engine.timing import time_interleaved
 from ..engine.train import pick_device
@@ -94,6 +103,7 @@ class Setting:
         return RunConfig(
             method=self.method,  # type: ignore[arg-type]
             student=self.student,
+            teacher=TeacherConfig(name=self.teacher),
             global_batch=self.batch,
             device=self.device.type,
             data=DataConfig(name="synthetic", num_classes=self.classes, image_size=self.image_size),
@@ -205,13 +215,7 @@ class PlainStep:
 def our_step(setting: Setting, mode: str) -> TrainStep:
     """A run's own step."""
     config = setting.config(mode)
-    data = load_data(config.data, setting.device)
-    student, teacher = setting.networks()
-    method = build_method(config, student, teacher)
-    method.to(setting.device, memory_format=torch.channels_last).train()  # type: ignore
-    return TrainStep(
-        method, config, data, total_steps=1000, steps_per_epoch=100, device=setting.device
-    )
+    return build_step(config, load_data(config.data, setting.device), setting.device)
 
 
 def at_once(setting: Setting, mode: str, seeds: int) -> list[TrainStep]:
@@ -410,9 +414,31 @@ def _seeds_of(row: Row) -> int:
 @functools.cache
 def step_macs(setting: Setting) -> int:
     """MACs of a step for one image, by the formulas of engine/models/cost.py."""
-    student, teacher = setting.networks()
-    cost = teacher_cost(teacher, setting.prompt, setting.shape[2:])
-    return training_macs(setting.method, count_macs(student, (1, *setting.shape[1:])), cost)
+    config = setting.config("eager")
+    return pair_cost(config, setting.classes, setting.shape[2:]).training_macs(setting.method)
+
+
+def add_pair_options(parser: Parser) -> None:
+    """What a pair is measured on."""
+    parser.add_argument("--classes", type=positive, default=100)
+    parser.add_argument("--image-size", type=positive, default=32, help="side in pixels")
+    parser.add_argument("--batch", type=positive, default=64, help="images in a step")
+    parser.add_argument("--r1", type=positive, default=PromptConfig().r1)
+    parser.add_argument("--fusion-groups", type=positive, default=PromptConfig().fusion_groups)
+
+
+def make_setting(options: argparse.Namespace, teacher: str, student: str, method: str) -> Setting:
+    """The setting that the options of a bench ask for."""
+    return Setting(
+        teacher,
+        student,
+        method,
+        options.batch,
+        options.image_size,
+        options.classes,
+        PromptConfig(r1=options.r1, fusion_groups=options.fusion_groups),
+        pick_device(RunConfig(device=options.device)),
+    )
 
 
 def parse_pairs(text: str) -> list[tuple[str, str]]:
@@ -453,33 +479,16 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--seeds", type=positive, default=1, help="also steps of this many seeds at once"
     )
-    parser.add_argument("--classes", type=positive, default=100)
-    parser.add_argument("--image-size", type=positive, default=32, help="side in pixels")
-    parser.add_argument("--batch", type=positive, default=64, help="images in a step")
-    parser.add_argument("--r1", type=positive, default=PromptConfig().r1)
-    parser.add_argument("--fusion-groups", type=positive, default=PromptConfig().fusion_groups)
+    add_pair_options(parser)
     options = parser.parse_args(args)
     device = pick_device(RunConfig(device=options.device))
     known = [p for p in PROVIDERS if device.type == "cuda" or "graph" not in p]
     usual = [p for p in known if device.type == "cuda" or "joint" not in p]
     providers = parse_names("--providers", options.providers or ",".join(usual), known)
     methods = parse_names("--methods", options.methods, METHODS)
-    prompt = PromptConfig(r1=options.r1, fusion_groups=options.fusion_groups)
     for teacher, student in parse_pairs(options.pairs):
         torch.compiler.reset()
-        settings = [
-            Setting(
-                teacher,
-                student,
-                method,
-                options.batch,
-                options.image_size,
-                options.classes,
-                prompt,
-                device,
-            )
-            for method in methods
-        ]
+        settings = [make_setting(options, teacher, student, method) for method in methods]
         found = measure(settings, providers, rounds=options.rounds, seeds=options.seeds)
         append_rows([m.row for m in found], options.out)
         print_rows(found, settings)

@@ -120,19 +120,22 @@ def _train_teacher(args: list[str]) -> int:
     return 0
 
 
-PLAN_HELP = """usage: dfptkd plan RECIPE [--probe] [--json] [options of train]
-
+PLAN_HELP = """of plan alone, before the options of train:
   --probe   take real steps for at most 60 seconds; without, hours are not known
   --json    one JSON object
-
 Neither data nor weights are needed. Exit code 0: the run fits; 5: memory or disk does not hold it.
+"""
+PROFILE_HELP = """of profile alone, before the options of train:
+  --steps N      timed steps of each kind
+  --trace FILE   a Chrome trace of two steps
+  --json         one JSON object
+Neither data nor weights are needed.
 """
 
 
 def _plan(args: list[str]) -> int:
     probe, as_json = (_take_flag(args, name) for name in ("--probe", "--json"))
-    if any(arg in ("-h", "--help") for arg in args):
-        print(PLAN_HELP)
+    _print_help_of_verb(args, PLAN_HELP)
     config = parse_run("plan", args)
     if config is None:
         return 0
@@ -254,6 +257,12 @@ def _take(args: list[str], name: str) -> str | None:
             del args[i]
             return arg.partition("=")[2]
     return None
+
+
+def _print_help_of_verb(args: list[str], text: str) -> None:
+    """What a verb adds to the options of train, if help was asked for."""
+    if "-h" in args or "--help" in args:
+        print(text)
 
 
 def _take_flag(args: list[str], name: str) -> bool:
@@ -420,14 +429,13 @@ def _export(args: list[str]) -> int:
 
 
 def _profile(args: list[str]) -> int:
-    as_json = "--json" in args
-    args = [arg for arg in args if arg != "--json"]
+    as_json = _take_flag(args, "--json")
+    _print_help_of_verb(args, PROFILE_HELP)
     steps, trace = _take(args, "--steps"), _take(args, "--trace")
     if steps is not None and not (steps.isdecimal() and int(steps) > 0):
         raise UsageError(f"--steps {steps}: expected a whole number of at least 1")
     config = parse_run("profile", args)
     if config is None:
-        print("of profile alone: --steps N timed steps, --trace FILE for a Chrome trace, --json")
         return 0
     from .profile import profile
     from .profile_tables import print_profile

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from .config import OptimConfig
 from .methods import Method
@@ -66,10 +66,10 @@ def build_schedule(
     )
 
 
-def learning_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> list[float]:
-    """Of each group, after the steps that the schedule has seen."""
+def learning_rates(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[float]:
+    """Of each group, in step number `step` (from 0)."""
     return [
-        base * factor(schedule.last_epoch)
+        base * factor(step)
         for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
     ]
 
@@ -78,17 +78,16 @@ def build_ema(student: nn.Module, decay: float | None) -> AveragedModel | None:
     """Exponential moving average of the student's parameters and buffers, or None."""
     if decay is None:
         return None
-    device = next(student.parameters()).device
-    average = get_ema_multi_avg_fn(decay)
-    return AveragedModel(student, device, multi_avg_fn=average, use_buffers=True)
+    return AveragedModel(student, next(student.parameters()).device)
 
 
 @torch.no_grad()
 def update_ema(ema: AveragedModel, student: nn.Module, decay: float, passes: Tensor) -> None:
-    """`ema.update_parameters(student)` if `passes` (0-d bool), without a look at the device.
+    """Move the average by one step if `passes` (0-d bool).
 
-    The first update takes the student's values, as there (but for rounding); integer buffers
-    follow the student.
+    `ema.update_parameters` would look at the device and average whatever the step was. The first
+    update takes the student's values, as there (but for rounding); integer buffers follow the
+    student.
     """
     share = torch.where(ema.n_averaged == 0, 1.0, 1.0 - decay) * passes
     averaged = [*ema.module.parameters(), *ema.module.buffers()]

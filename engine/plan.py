@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,10 +28,9 @@ from .data.facts import DataFacts, data_facts
 from .errors import StorageError
 from .log import clock, hardware
 from .memory import available_bytes
-from .models import create_model
-from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
-from .probe import Built, Failed, Probe, build, run_probe, stand_in
+from .probe import Built, Failed, Probe, build, run_probe
 from .run_memory import Memory, MemoryModel, traced_twin
+from .stand_in import pair_cost, stand_in
 from .step import choose_mode
 from .teacher import find_teacher, run_folder
 from .train import end_step, pick_device
@@ -213,7 +211,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     device = pick_device(config)
     mode, _ = choose_mode(config, device)
     facts = data_facts(config.data)
-    twin = stand_in(config, facts.num_classes, facts.image_size)
+    twin = stand_in(config, facts)
     built = build(traced_twin(twin), device)
     model = MemoryModel(config, facts, built)
     memory, available = model.at(config.global_batch), available_bytes(device)
@@ -230,18 +228,20 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         else:
             hours = finish_time(config, facts, steps, measured)
             notes += _probe_notes(config, measured)
-    student, cost, macs = _cost(config, built, facts)
+    cost = pair_cost(config, facts.num_classes, (facts.image_size, facts.image_size))
+    teacher = None if config.method == "ce" else cost.teacher
+    method = "kd" if config.loss.mixture_control else config.method
     return Plan(
         config=config,
         device=hardware(device),
         mode=mode,
         facts=facts,
         steps=steps,
-        student_params=count_params(student),
-        teacher_params=0 if cost is None else cost.teacher_params,
-        added_params=cost.added_params if cost is not None and config.has_prompt_path else 0,
+        student_params=cost.student_params,
+        teacher_params=0 if teacher is None else teacher.teacher_params,
+        added_params=cost.teacher.added_params if config.has_prompt_path else 0,
         trained_params=sum(p.numel() for p in built.step.params),
-        step_flops=2 * macs * config.global_batch,
+        step_flops=2 * cost.training_macs(method) * config.global_batch,
         memory=memory,
         memory_available=available,
         largest_batch=largest,
@@ -249,22 +249,6 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         hours=hours,
         notes=notes,
     )
-
-
-def _cost(
-    config: RunConfig, built: Built, facts: DataFacts
-) -> tuple[torch.nn.Module, TeacherCost | None, int]:
-    """Student, the teacher's cost, MACs of a training step for one image."""
-    student = built.step.method.student
-    cost = None
-    if config.method != "ce":
-        size_HW = (facts.image_size, facts.image_size)
-        with torch.device("meta"):
-            teacher = create_model(config.teacher.name, num_classes=facts.num_classes)
-        cost = teacher_cost(teacher, config.prompt, size_HW, at=config.teacher.stages)
-    macs = count_macs(student, (1, 3, facts.image_size, facts.image_size))
-    method = "kd" if config.loss.mixture_control else config.method
-    return student, cost, training_macs(method, macs, cost)
 
 
 def _probe(twin: RunConfig, images: int) -> Probe | Failed:

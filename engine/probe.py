@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import DataConfig, RunConfig, from_dict, to_dict
+from .config import RunConfig, from_dict, to_dict
 from .data import ImageData, load_data
 from .memory import process_bytes
-from .methods import build_method
 from .metrics import normaliser
-from .models import create_model
 from .models.parts import eval_mode
+from .stand_in import build_step
 from .step import TrainStep
 from .train import pick_device, prepare_torch
 
@@ -71,34 +70,10 @@ class Probe:
         return statistics.median(self.steps)
 
 
-def stand_in(config: RunConfig, num_classes: int, image_size: int) -> RunConfig:
-    """The same run on synthetic images of its data's shape, without weights."""
-    padding = config.data.crop_padding
-    if padding is None:
-        padding = {"cifar10": 4, "cifar100": 4, "fashion_mnist": 2}.get(config.data.name, 0)
-    data = DataConfig(
-        name="synthetic",
-        image_size=image_size,
-        num_classes=num_classes,
-        crop_padding=padding,
-        flip=config.data.flip,
-    )
-    teacher = dataclasses.replace(config.teacher, weights=None)
-    return dataclasses.replace(config, data=data, teacher=teacher, student_weights=None)
-
-
 def build(config: RunConfig, device: torch.device) -> Built:
     """What `train.run` builds, of a `stand_in`, without anything on disk."""
     data = load_data(config.data, device)
-    torch.manual_seed(config.seed)
-    student = create_model(config.student, num_classes=data.num_classes)
-    teacher = None
-    if config.method != "ce":
-        teacher = create_model(config.teacher.name, num_classes=data.num_classes)
-    method = build_method(config, student, teacher)
-    method.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    step = TrainStep(method, config, data, total_steps=1000, steps_per_epoch=100, device=device)
-    return Built(step, data)
+    return Built(build_step(config, data, device), data)
 
 
 # In the process of its own -----------------------------------------------------------------------

@@ -38,13 +38,14 @@ from .errors import UsageError
 from .files import write_atomically
 from .log import RunLog, commit, hardware, versions
 from .memory import kept_bytes
-from .methods import Method, build_method
+from .methods import Method
 from .methods.base import FrozenTeacherMethod
 from .methods.dfpt import DualPathDistillation
 from .models import create_model, split_stages
-from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
+from .models.cost import TeacherCost, count_params
 from .spans import span
-from .step import DTYPES, TrainStep, choose_mode
+from .stand_in import PairCost, build_step, pair_cost
+from .step import DTYPES, TrainStep, choose_mode, compute_precision
 from .timeline import (
     COPY,
     DATA_WAIT,
@@ -71,8 +72,6 @@ LIMIT_PERCENT = 10.0  # A14: denser prompt blocks are a failure
 TOLERANCE_PERCENT = 5.0  # between the sum of the parts and the step
 BUDGET_S = 35.0  # of timed steps on a CPU; roofs, counting and imports take about as long again
 _RESIDENT_BATCHES = 4
-
-_CROP_PADDING = {"cifar10": 4, "cifar100": 4, "fashion_mnist": 2}  # in pixels, unless configured
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def profile(config: RunConfig, *, steps: int | None = None, trace: Path | None =
         num_classes=setting.data.num_classes,
         batch=setting.config.global_batch,
         steps=len(plain),
-        precision=setting.precision,
+        precision=compute_precision(config, device),
         mode=mode,
         mode_reason=reason,
         hardware=hardware(device),
@@ -248,8 +247,8 @@ def profile(config: RunConfig, *, steps: int | None = None, trace: Path | None =
         work=Work(work.flops, sum(part.bytes for part in work.parts.values())),
         left_out_flops=work.left_out_flops,
         methods=methods,
-        overhead=overhead(setting.cost, rows),
-        warnings=warnings(setting.cost),
+        overhead=overhead(setting.cost.teacher, rows),
+        warnings=warnings(setting.cost.teacher),
         notes=notes,
     )
 
@@ -265,37 +264,18 @@ class Setting:
     device: torch.device
     data: ImageData
 
-    def networks(self, method: str) -> tuple[nn.Module, nn.Module | None]:
-        """Student and teacher with random weights, the same for every method."""
-        torch.manual_seed(self.config.seed)
-        classes = self.data.num_classes
-        student = create_model(self.config.student, num_classes=classes)
-        if method == "ce":
-            return student, None
-        return student, create_model(self.config.teacher.name, num_classes=classes)
-
     def step(self, method: str, mode: str | None = None) -> TrainStep:
         """A step of `method`; `mode` absent: the run's own."""
         config = of_method(self.config, method)
         if mode is not None:
             config = replace(config, step=replace(config.step, mode=mode))  # type: ignore[arg-type]
-        built = build_method(config, *self.networks(method))
-        built.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        return TrainStep(
-            built,
+        return build_step(
             config,
             self.data,
+            self.device,
             total_steps=config.epochs * self.steps_per_epoch,
             steps_per_epoch=self.steps_per_epoch,
-            device=self.device,
         )
-
-    @property
-    def precision(self) -> str:
-        """What `auto` means here."""
-        if self.config.precision != "auto":
-            return self.config.precision
-        return "bf16" if self.device.type == "cuda" else "fp32"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -305,27 +285,15 @@ class Setting:
         limits = (data.limit, data.train_limit, whole)
         return steps_per_epoch(min(n for n in limits if n is not None), self.config.global_batch)
 
-    @property
-    def cost(self) -> TeacherCost:
-        """Parameters and MACs of the teacher and of what the prompt path adds."""
-        return teacher_cost(
-            self.meta_teacher(),
-            self.config.prompt,
-            self.data.image_size,
-            at=self.config.teacher.stages,
-        )
+    @functools.cached_property
+    def cost(self) -> PairCost:
+        """Parameters and MACs of the pair and of what the prompt path adds."""
+        return pair_cost(self.config, self.data.num_classes, self.data.image_size)
 
     def meta_teacher(self) -> nn.Module:
         """The teacher's shape."""
         with torch.device("meta"):
             return create_model(self.config.teacher.name, num_classes=self.data.num_classes)
-
-    def macs(self, method: str) -> int:
-        """Of a training step for one image, by the formulas of models/cost.py."""
-        with torch.device("meta"):
-            student = create_model(self.config.student, num_classes=self.data.num_classes)
-        macs = count_macs(student, (1, 3, *self.data.image_size))
-        return training_macs(method, macs, None if method == "ce" else self.cost)
 
     def batches(self) -> Iterator[Batch]:
         """Training batches without end, by the run's own loader."""
@@ -384,7 +352,7 @@ def random_images(config: RunConfig, device: torch.device) -> ImageData:
     side = data.image_size if known is None else known.image_size
     padding = data.crop_padding
     if padding is None:
-        padding = _CROP_PADDING.get(data.name, 0)
+        padding = 0 if known is None else known.crop_padding
     count = _RESIDENT_BATCHES * config.global_batch
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=generator).to(
@@ -427,7 +395,8 @@ def with_batch(config: RunConfig, batch: int) -> RunConfig:
 
 def affordable_batch(config: RunConfig, device: torch.device, rounds: int) -> int:
     """The recipe's batch, halved until the timed steps fit into `BUDGET_S`; at least 2 images."""
-    macs = Setting(config, device, random_images(with_batch(config, 2), device)).macs
+    data = random_images(with_batch(config, 2), device)
+    macs = Setting(config, device, data).cost.training_macs
     others = sum(macs(method) for method in compared(config)) / macs(config.method)
     # Plain and instrumented steps, their warm-ups, those for memory; the same of each method.
     in_all = 2 * rounds + 4 + (method_rounds(rounds) + 2) * others
@@ -695,7 +664,7 @@ def compare(setting: Setting, rounds: int, patience_s: float = math.inf) -> list
     once_s = time.monotonic() - started
     rounds = int(max(1, min(rounds, patience_s // once_s)))
     timings = time_interleaved(calls, setting.device, rounds=rounds, warmup=0)
-    macs = {method: setting.macs(method) for method in steps}
+    macs = {method: setting.cost.training_macs(method) for method in steps}
     return [
         MethodCost(
             method=method,

@@ -53,10 +53,17 @@ def choose_mode(config: RunConfig, device: torch.device) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
     if device.type != "cuda":
-        return "eager", "on a CPU compilation takes longer than it saves in most runs"
+        return "eager", "on a CPU compiling pays in long runs alone: --step.mode compile"
     if obstacle is not None:
         return "compile", obstacle
     return "graph", "one CUDA device"
+
+
+def compute_precision(config: RunConfig, device: torch.device) -> str:
+    """fp32, bf16 or fp16: the run's precision after `auto` is resolved."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 class Gate:
@@ -127,6 +134,7 @@ class TrainStep:
     ) -> None:
         self.method, self.config, self.device = method, config, device
         self.mode, self.mode_reason = choose_mode(config, device)
+        self.precision = compute_precision(config, device)
         self.optimizer = build_optimizer(method, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps, steps_per_epoch)
         self.ema = build_ema(method.student, config.optim.ema_decay)
@@ -145,13 +153,6 @@ class TrainStep:
         self.stream: torch.cuda.Stream | None = None
         if self.mode != "eager":
             self._compile()
-
-    @property
-    def precision(self) -> str:
-        """Compute precision after `auto` is resolved."""
-        if self.config.precision != "auto":
-            return self.config.precision
-        return "bf16" if self.device.type == "cuda" else "fp32"
 
     def autocast(self) -> AbstractContextManager:
         """Casts convolutions and matrix products to the compute precision."""
@@ -295,7 +296,7 @@ class TrainStep:
     def restore(self, steps: int) -> None:
         """Set schedule and learning rates to where they stand after `steps` steps."""
         self.schedule.last_epoch = steps
-        rates = learning_rates(self.schedule)
+        rates = learning_rates(self.schedule, steps)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)

@@ -43,6 +43,7 @@ from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
+from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .records import RUN_FORMAT
 from .step import TrainStep, choose_mode
@@ -54,8 +55,7 @@ MAY_CHANGE = {
     "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume",
     "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
     "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
-    "teacher.global_batch", "step.mode", "step.joint_paths",
-    "step.max_skips",
+    "teacher.global_batch", "step.mode", "step.joint_paths", "step.max_skips",
 }  # fmt: skip
 
 
@@ -117,7 +117,8 @@ def run_seeds(config: RunConfig) -> list[RunResult]:
         made = []
         for seed in seeds:
             own = dataclasses.replace(config, seed=seed, seeds=None)
-            made.append(prepare(own, data, device, stop, label="" if len(seeds) == 1 else seed))
+            prefix = f"seed {seed}: " if len(seeds) > 1 else ""
+            made.append(prepare(own, data, device, stop, prefix))
         pending = [m for m in made if isinstance(m, Pending)]
         if len(pending) > 1:
             share(pending)
@@ -137,7 +138,7 @@ class Pending:
 
 
 def prepare(
-    config: RunConfig, data: ImageData, device: torch.device, stop: StopRequest, label: object = ""
+    config: RunConfig, data: ImageData, device: torch.device, stop: StopRequest, prefix: str = ""
 ) -> Pending | RunResult:
     """Student, teacher and method of one run, or the result of one that is finished already.
 
@@ -146,7 +147,7 @@ def prepare(
         data: Its data set.
         device: Where it runs.
         stop: The request that it listens to.
-        label: Seed that its lines on the terminal name, where several runs talk.
+        prefix: Put before its lines on the terminal, where several runs talk.
     """
     out = run_folder(config)
     total_steps = config.epochs * steps_per_epoch(len(data.train), config.global_batch)
@@ -177,7 +178,7 @@ def prepare(
         }
     method = build_method(config, student, teacher)
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trainer = Trainer(config, out, data, method, device, total_steps, stop, str(label))
+    trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix)
     record = run_record(config, data, student, cost, teacher_record)
     return Pending(trainer, checkpoint, record, RandomState(device))
 
@@ -210,13 +211,13 @@ class Trainer:
         device: torch.device,
         total_steps: int,
         stop: StopRequest,
-        label: str = "",
+        prefix: str = "",
     ) -> None:
         self.config, self.out, self.data, self.method = config, out, data, method
         self.device, self.total_steps, self.stop = device, total_steps, stop
         self.per_epoch = steps_per_epoch(len(data.train), config.global_batch)
         self.end_step = end_step(config, total_steps)
-        self.label = f"seed {label}: " if label else ""
+        self.prefix = prefix
         self.batches = SharedBatches(
             data.train,
             batch_size=config.global_batch,
@@ -257,7 +258,7 @@ class Trainer:
         if checkpoint is not None:
             self.restore(checkpoint)
         resumed = None if checkpoint is None else self.progress.step
-        self.log = RunLog(self.out, self.columns(), resumed, prefix=self.label)
+        self.log = RunLog(self.out, self.columns(), resumed, prefix=self.prefix)
         try:
             self.announce(record)
             self.method.train()
@@ -470,8 +471,7 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Of the student, in the step just done."""
-        schedule = self.step.schedule
-        return schedule.base_lrs[0] * schedule.lr_lambdas[0](max(self.progress.step - 1, 0))
+        return learning_rates(self.step.schedule, max(self.progress.step - 1, 0))[0]
 
     def columns(self) -> list[str]:
         """Columns of metrics.csv for this method."""

@@ -98,18 +98,10 @@ def _(
     )
 
 
-def _triton(
-    images: Tensor,
-    scale: Channels,
-    shift: Channels,
-    dtype: torch.dtype,
-    padding: int,
-    offsets: Tensor | None,
-    flip: Tensor | None,
-) -> Tensor:
+def _triton(*inputs: Any) -> Tensor:
     from .normalize_images_triton import launch
 
-    return launch(images, scale, shift, dtype, padding, offsets, flip)
+    return launch(*inputs)
 
 
 torch.library.impl("dfptkd::normalize_images", "cuda", _triton)

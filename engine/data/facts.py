@@ -28,12 +28,14 @@ class DataFacts:
     """Whether both splits lie on the device as a whole."""
     source: str
     """Where the numbers come from."""
+    crop_padding: int = 0
+    """Of the random crop in pixels, unless configured."""
 
 
 KNOWN = {
-    "cifar10": DataFacts(50_000, 10_000, 10, 32, True, "CIFAR-10"),
-    "cifar100": DataFacts(50_000, 10_000, 100, 32, True, "CIFAR-100"),
-    "fashion_mnist": DataFacts(60_000, 10_000, 10, 28, True, "Fashion-MNIST"),
+    "cifar10": DataFacts(50_000, 10_000, 10, 32, True, "CIFAR-10", 4),
+    "cifar100": DataFacts(50_000, 10_000, 100, 32, True, "CIFAR-100", 4),
+    "fashion_mnist": DataFacts(60_000, 10_000, 10, 28, True, "Fashion-MNIST", 2),
 }
 IMAGENET_IMAGES, IMAGENET_CLASSES = (1_281_167, 50_000), 1000
 
@@ -42,12 +44,12 @@ def data_facts(data: DataConfig) -> DataFacts:
     """Number, size and classes of the images, without reading one.
 
     Raises:
-        DataError: An image folder of unknown size, or a broken one.
+        DataError: An image folder of unknown size, or one that was named and is missing or broken.
     """
     if data.name == "folder":
-        root = data.root or os.environ.get("DFPTKD_DATA")
-        if root and Path(root).expanduser().is_dir():
-            found = load_data(data, torch.device("cpu"))
+        root = data.root or _image_folder_of_environment()
+        if root:
+            found = load_data(dataclasses.replace(data, root=root), torch.device("cpu"))
             counts, classes = (len(found.train), len(found.test)), found.num_classes
             return DataFacts(*counts, classes, data.image_size, False, f"counted in {root}")
         if data.num_classes != IMAGENET_CLASSES:
@@ -55,7 +57,7 @@ def data_facts(data: DataConfig) -> DataFacts:
                 f"an image folder of {data.num_classes} classes: expected --data.root, to count "
                 f"its images (of {IMAGENET_CLASSES} classes ImageNet's are assumed)"
             )
-        source = "ImageNet's, no data folder" + (f" at {root}" if root else " given")
+        source = "ImageNet's, no image folder given"
         facts = DataFacts(*IMAGENET_IMAGES, IMAGENET_CLASSES, data.image_size, False, source)
     elif data.name == "synthetic":
         facts = DataFacts(50_000, 10_000, data.num_classes, data.image_size, False, "synthetic")
@@ -67,3 +69,9 @@ def data_facts(data: DataConfig) -> DataFacts:
         train_images=min(facts.train_images, train or facts.train_images),
         test_images=min(facts.test_images, test or facts.test_images),
     )
+
+
+def _image_folder_of_environment() -> str | None:
+    """DFPTKD_DATA, where it holds an image folder and not some other data set."""
+    root = os.environ.get("DFPTKD_DATA")
+    return root if root and (Path(root).expanduser() / "train").is_dir() else None

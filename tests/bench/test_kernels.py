@@ -10,6 +10,7 @@ from dfptkd.bench import kernels as bench
 from dfptkd.bench import overhead
 from dfptkd.bench.measure import Row, append_rows
 from dfptkd.engine.cli import main
+from dfptkd.engine.config import PromptConfig
 from dfptkd.engine.models import PromptFusion
 from dfptkd.engine.timing import time_interleaved
 from dfptkd.kernels import which_backend
@@ -153,11 +154,11 @@ def test_overhead_counts_and_times_the_pairs(tmp_path, capsys):
 
 def test_overhead_shares_are_those_of_the_cost_tables():
     setting = overhead.Setting(
-        "cifar:resnet32x4", "cifar:resnet8x4", 100, 1, 32, overhead.PromptConfig(), CPU
+        "cifar:resnet32x4", "cifar:resnet8x4", "dfpt", 1, 32, 100, PromptConfig(), CPU
     )
     found = overhead.measure(setting, rounds=1)
     # Reference 7.3: 2.3 % of the teacher's MACs, the new head's among them.
-    assert 100 * found.pair_macs / found.cost.teacher_macs == pytest.approx(2.3, abs=0.05)
+    assert 100 * found.pair_macs / found.cost.teacher.teacher_macs == pytest.approx(2.3, abs=0.05)
     kept = [side.path_kept for side in found.sides.values()]
     assert kept[1] < 0.6 * kept[0]
     assert all(side.pairs_kept < side.path_kept for side in found.sides.values())

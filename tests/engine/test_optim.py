@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfptkd.engine.config import OptimConfig
-from dfptkd.engine.optim import build_ema, build_optimizer, build_schedule, lr_factor
+from dfptkd.engine.optim import (
+    build_ema,
+    build_optimizer,
+    build_schedule,
+    learning_rates,
+    lr_factor,
+    update_ema,
+)
 
 
 class Groups:
@@ -116,7 +123,7 @@ def test_ema_is_the_recurrence_over_parameters_and_statistics():
             for tensor in student.state_dict().values():
                 if tensor.is_floating_point():
                     tensor.add_(torch.rand_like(tensor))
-        ema.update_parameters(student)
+        update_ema(ema, student, 0.9, torch.tensor(True))
         now = {k: v.clone() for k, v in student.state_dict().items() if v.is_floating_point()}
         if averages is None:
             averages = now  # the first update starts the average
@@ -125,11 +132,35 @@ def test_ema_is_the_recurrence_over_parameters_and_statistics():
     state = {k: v for k, v in ema.module.state_dict().items() if v.is_floating_point()}
     torch.testing.assert_close(state, averages)
     assert not torch.allclose(state["0.weight"], student.state_dict()["0.weight"])
+    assert ema.n_averaged == 4
+
+
+def test_ema_of_a_step_that_does_not_pass_keeps_its_bits():
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ema = build_ema(student, 0.9)
+    for passes in (True, False, False):
+        before = {k: v.clone() for k, v in ema.state_dict().items()}
+        student(torch.rand(5, 3))  # statistics and the integer counter move
+        with torch.no_grad():
+            student[0].weight.add_(1.0)
+        update_ema(ema, student, 0.9, torch.tensor(passes))
+        unchanged = [torch.equal(v, before[k]) for k, v in ema.state_dict().items()]
+        assert all(unchanged) != passes
 
 
 def test_ema_is_off_without_a_decay_and_leaves_the_student_alone():
     student = nn.Linear(2, 2)
     assert build_ema(student, None) is None
     before = copy.deepcopy(student.state_dict())
-    build_ema(student, 0.5).update_parameters(student)
+    update_ema(build_ema(student, 0.5), student, 0.5, torch.tensor(True))
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+def test_learning_rates_are_those_that_the_schedule_sets():
+    config = OptimConfig(lr=0.1, warmup_epochs=1.0, milestones=(0.5,))
+    optimizer = build_optimizer(Groups(), config)
+    schedule = build_schedule(optimizer, config, total_steps=8, steps_per_epoch=2)
+    for step in range(8):
+        assert learning_rates(schedule, step) == [g["lr"] for g in optimizer.param_groups]
+        optimizer.step()
+        schedule.step()

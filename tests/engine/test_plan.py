@@ -19,8 +19,9 @@ from dfptkd.engine.errors import DataError
 from dfptkd.engine.memory import measure_growth
 from dfptkd.engine.models import create_model
 from dfptkd.engine.plan import ALLOCATOR, finish_time, make_plan
-from dfptkd.engine.probe import Failed, Probe, Prober, build, run_probe, stand_in
+from dfptkd.engine.probe import Failed, Probe, Prober, build, run_probe
 from dfptkd.engine.run_memory import LIBRARY_BYTES, Memory, MemoryModel, traced_twin
+from dfptkd.engine.stand_in import pair_cost, stand_in
 from dfptkd.recipes import cifar100, imagenet
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ TINY = (
 @functools.cache
 def model_of(config: RunConfig) -> MemoryModel:
     facts = data_facts(config.data)
-    twin = stand_in(config, facts.num_classes, facts.image_size)
+    twin = stand_in(config, facts)
     return MemoryModel(config, facts, build(traced_twin(twin), CPU))
 
 
@@ -93,7 +94,7 @@ def test_a_step_of_another_size_holds_what_was_foretold(method):
     """Byte for byte, at eight times the traced sizes."""
     config = replace(SMALL, method=method)
     model = model_of(config)
-    step = build(stand_in(config, 10, 32), CPU).step
+    step = build(stand_in(config, data_facts(config.data)), CPU).step
 
     def call(images: int) -> None:
         batch = model.built.data.train.batch(torch.arange(images), seed=0, epoch=0)
@@ -109,7 +110,7 @@ def test_a_step_of_another_size_holds_what_was_foretold(method):
 @pytest.mark.parametrize(("method", "accumulate"), [("dfpt", 1), ("dfpt_plus", 4)])
 def test_memory_is_within_10_percent_of_a_process_that_takes_the_steps(method, accumulate):
     config = replace(SMALL, method=method, global_batch=512, accumulate=accumulate)
-    twin = stand_in(config, 10, 32)
+    twin = stand_in(config, data_facts(config.data))
     name, _, value = ALLOCATOR.partition("=")
     probe = run_probe(twin, 512, 120, steps=2, span=0, environment={name: value})
     assert isinstance(probe, Probe), probe
@@ -227,7 +228,7 @@ def test_hours_are_steps_and_evaluations_of_all_seeds():
     assert hours.hours == pytest.approx(2 * hours.run_hours)
 
 
-def test_number_of_images(tmp_path):
+def test_number_of_images(tmp_path, monkeypatch):
     def counts(**data) -> tuple[int, int]:
         facts = data_facts(DataConfig(**data))
         return facts.train_images, facts.test_images
@@ -237,15 +238,19 @@ def test_number_of_images(tmp_path):
     assert counts(name="cifar100", limit=500) == (500, 500)
     folder = {"name": "folder", "num_classes": 1000, "image_size": 8}
     assert counts(**folder) == (1_281_167, 50_000)
-    assert counts(**folder, root=str(tmp_path / "absent")) == (1_281_167, 50_000)
+    with pytest.raises(DataError, match="absent"):  # what was named must be there
+        counts(**folder, root=str(tmp_path / "absent"))
+    monkeypatch.setenv("DFPTKD_DATA", str(tmp_path))  # holds another data set, or nothing
+    assert counts(**folder) == (1_281_167, 50_000)
     for split, images in (("train", 3), ("val", 2)):
         for kind in ("a", "b"):
             (tmp_path / split / kind).mkdir(parents=True)
             for i in range(images):
                 Image.new("RGB", (9, 9)).save(tmp_path / split / kind / f"{i}.png")
-    assert counts(**folder, root=str(tmp_path)) == (6, 4)
+    assert counts(**folder, root=str(tmp_path)) == counts(**folder) == (6, 4)
     found = data_facts(DataConfig(**folder, root=str(tmp_path)))
     assert (found.num_classes, found.source) == (2, f"counted in {tmp_path}")
+    monkeypatch.delenv("DFPTKD_DATA")
     with pytest.raises(DataError, match=r"expected --data\.root"):
         counts(name="folder", num_classes=50)
 
@@ -262,12 +267,11 @@ def test_number_of_images(tmp_path):
 )
 def test_parameters_and_flops_are_those_of_the_tables(config, millions, macs):
     facts = data_facts(config.data)
-    built = build(stand_in(config, facts.num_classes, facts.image_size), CPU)
-    student, cost, step_macs = planning._cost(config, built, facts)
-    added = cost.added_params if config.has_prompt_path else 0
-    counts = (sum(p.numel() for p in student.parameters()), cost.teacher_params, added)
+    cost = pair_cost(config, facts.num_classes, (facts.image_size, facts.image_size))
+    added = cost.teacher.added_params if config.has_prompt_path else 0
+    counts = (cost.student_params, cost.teacher.teacher_params, added)
     assert [round(n / 1e6, 3) for n in counts] == pytest.approx(list(millions), abs=0.0011)
-    assert step_macs == pytest.approx(macs, rel=0.001)
+    assert cost.training_macs(config.method) == pytest.approx(macs, rel=0.001)
 
 
 # Verdict and command -----------------------------------------------------------------------------
@@ -342,21 +346,22 @@ def test_probe_gives_hours(capsys):
 
 def test_a_probe_ends_when_its_time_is_up():
     started = time.monotonic()
-    failed = run_probe(stand_in(SMALL, 10, 32), 32, 0.5)
+    failed = run_probe(stand_in(SMALL, data_facts(SMALL.data)), 32, 0.5)
     assert time.monotonic() - started < 5
     assert isinstance(failed, Failed)
     assert failed.reason == "not one step was done in 0 s" or "0.5 s" in failed.reason
 
 
 def test_a_probe_that_breaks_says_why():
-    failed = run_probe(replace(stand_in(SMALL, 10, 32), student="cifar:absent"), 32, 60)
+    twin = replace(stand_in(SMALL, data_facts(SMALL.data)), student="cifar:absent")
+    failed = run_probe(twin, 32, 60)
     assert isinstance(failed, Failed)
     assert "absent" in failed.reason
 
 
 @pytest.mark.parametrize(("seconds", "shrinks"), [(1000.0, False), (8.0, True)])
 def test_a_slow_step_shrinks_the_batch(monkeypatch, seconds, shrinks):
-    prober = Prober(stand_in(SMALL, 10, 32), 512, time.time() + seconds, 8, 0)
+    prober = Prober(stand_in(SMALL, data_facts(SMALL.data)), 512, time.time() + seconds, 8, 0)
     prober.built = build(prober.config, CPU)
     monkeypatch.setattr(prober, "clock", lambda call: 0.05 * 8)  # 50 ms an image
     batch = prober.choose_batch()

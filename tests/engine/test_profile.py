@@ -219,7 +219,7 @@ def test_flops_are_those_of_the_formulas(method, student):
     step = setting.step(method)
     before = {k: v.clone() for k, v in step.method.state_dict().items()}
     work = count_work(step.method, setting.config, setting.data, CPU)
-    formula = 2 * setting.macs(method) * setting.config.global_batch
+    formula = 2 * setting.cost.training_macs(method) * setting.config.global_batch
     assert work.flops + work.left_out_flops == formula
     assert 0 < work.left_out_flops < 0.05 * formula
     assert {part.component for part in work.parts} <= set(components(step)) | {EMA}
@@ -242,7 +242,7 @@ def test_frozen_stages_have_no_weight_gradient():
 def test_a_frozen_teacher_is_the_forward_pass_of_its_row():
     setting = setting_of("kd")
     parts = count_work(setting.step("kd").method, setting.config, setting.data, CPU).parts
-    macs = setting.cost.teacher_macs * setting.config.global_batch
+    macs = setting.cost.teacher.teacher_macs * setting.config.global_batch
     assert parts[Part(ORIGINAL)].flops == 2 * macs
 
 
@@ -302,7 +302,7 @@ def test_kept_bytes_are_split_among_the_components_that_keep_them():
 def test_parameters_of_the_rows_are_all_there_are():
     for method in ("ce", "kd", "dfpt", "dfpt_plus"):
         setting = setting_of(method)
-        built, cost = setting.step(method).method, setting.cost
+        built, cost = setting.step(method).method, setting.cost.teacher
         found = setting.params(built)
         trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
         teacher = 0 if method == "ce" else cost.teacher_params
@@ -438,7 +438,7 @@ def test_the_tables_name_every_component(profiled, capsys):
 def test_overhead_is_marked_against_the_line(profiled, capsys):
     found, _ = profiled
     shares = [profiling.Overhead("blocks", 9.9, 10.1, 50.0), profiling.Overhead("head", 0, 0, None)]
-    warned = profiling.warnings(dataclasses.replace(setting_of().cost, added_macs=10**9))
+    warned = profiling.warnings(dataclasses.replace(setting_of().cost.teacher, added_macs=10**9))
     print_profile(dataclasses.replace(found, overhead=shares, warnings=warned))
     text = capsys.readouterr().out
     for words in (
