@@ -134,9 +134,10 @@ Neither data nor weights are needed.
 
 
 def _plan(args: list[str]) -> int:
-    probe, as_json = (_take_flag(args, name) for name in ("--probe", "--json"))
+    own = ("--probe", "--json")
+    probe, as_json = (_take_flag(args, name) for name in own)
     _print_help_of_verb(args, PLAN_HELP)
-    config = parse_run("plan", args)
+    config = parse_run("plan", args, own)
     if config is None:
         return 0
     from .plan import run_plan
@@ -144,8 +145,10 @@ def _plan(args: list[str]) -> int:
     return run_plan(config, probe=probe, as_json=as_json)
 
 
-def parse_run(verb: str, args: list[str]) -> RunConfig | None:
+def parse_run(verb: str, args: list[str], own: Sequence[str] = ()) -> RunConfig | None:
     """Recipe, arm and options as a RunConfig; None if help was asked for.
+
+    `own`: options of the verb, taken out of `args` before, to be suggested too.
 
     Raises:
         UsageError: Unknown recipe, option or value.
@@ -174,13 +177,16 @@ def parse_run(verb: str, args: list[str]) -> RunConfig | None:
 
         config = teacher_run(config)
     try:
-        return parse_options(config, args, prog=f"dfptkd {verb} {recipe or '--config ' + file}")  # type: ignore
+        prog = f"dfptkd {verb} {recipe or '--config ' + file}"  # type: ignore[operator]
+        return parse_options(config, args, prog, own)
     except SystemExit:  # help was printed
         return None
 
 
-def parse_options(config: RunConfig, args: list[str], prog: str) -> RunConfig:
-    """`config` with the options in `args`; every field is one.
+def parse_options(
+    config: RunConfig, args: list[str], prog: str, own: Sequence[str] = ()
+) -> RunConfig:
+    """`config` with the options in `args`; every field is one. `own` as in `parse_run`.
 
     Raises:
         UsageError: Unknown option or value.
@@ -195,7 +201,7 @@ def parse_options(config: RunConfig, args: list[str], prog: str) -> RunConfig:
         if arg.startswith("--") and name not in ("--help",):
             name = name.replace("_", "-")
             if name not in known:
-                raise UsageError(f"unknown option {name}{suggestion(name, known)}")
+                raise UsageError(f"unknown option {name}{suggestion(name, [*known, *own])}")
             expanded += [name, *([value] if equals else [])]
         else:
             expanded.append(arg)
@@ -434,7 +440,7 @@ def _profile(args: list[str]) -> int:
     steps, trace = _take(args, "--steps"), _take(args, "--trace")
     if steps is not None and not (steps.isdecimal() and int(steps) > 0):
         raise UsageError(f"--steps {steps}: expected a whole number of at least 1")
-    config = parse_run("profile", args)
+    config = parse_run("profile", args, ("--json", "--steps", "--trace"))
     if config is None:
         return 0
     from .profile import profile

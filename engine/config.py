@@ -378,6 +378,12 @@ class RunConfig:
                 "method 'dfpt'",
             )
 
+        if self.step.joint_paths:
+            _require(
+                self.method == "dfpt" and self.has_prompt_path and self.prompt.bn_mode != "train",
+                "step.joint_paths", True, "method 'dfpt' with a backbone in eval mode",
+            )  # fmt: skip
+
     @property
     def has_prompt_path(self) -> bool:
         """Whether the run trains prompt blocks."""

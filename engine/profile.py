@@ -333,7 +333,8 @@ def of_method(config: RunConfig, method: str) -> RunConfig:
     if method == config.method:
         return config
     loss = replace(config.loss, mixture_control=False)
-    return replace(config, method=method, loss=loss)  # type: ignore[arg-type]
+    step = replace(config.step, joint_paths=False)
+    return replace(config, method=method, loss=loss, step=step)  # type: ignore[arg-type]
 
 
 class _Resident(ResidentSplit):

@@ -52,6 +52,8 @@ def refused(args: str, capsys) -> tuple[int, str]:
         (f"train {PAIR} --device cpu --step.mode graph", 2, ["step.mode='graph'", "CUDA device"]),
         (f"train {PAIR} --data.root /nowhere", 3, ["/nowhere", "cifar-100"]),
         (f"train {PAIR} --method ce", 3, ["--data.root", "DFPTKD_DATA"]),
+        (f"plan {PAIR} --probee", 2, ["--probee", "did you mean --probe?"]),
+        (f"profile {PAIR} --step 3", 2, ["--step", "did you mean --steps?"]),
         ("train --config /nowhere.json", 3, ["/nowhere.json", "run.json"]),
         ("eval /nowhere", 3, ["/nowhere"]),
         ("eval", 2, ["checkpoint"]),

@@ -147,6 +147,12 @@ def test_M20_fields_that_contradict_each_other_are_refused():
         LossConfig(mixture_control=True, prompt_teacher=0.0, prompt_student=0.0)
     with pytest.raises(UsageError, match=r"loss\.mixture_control.*'kd'.*'dfpt'"):
         RunConfig(method="kd", loss=LossConfig(mixture_control=True))
+    joint = StepConfig(joint_paths=True)
+    for method in ("kd", "dfpt_plus"):
+        with pytest.raises(UsageError, match=r"step\.joint_paths.*'dfpt'"):
+            RunConfig(method=method, step=joint)
+    with pytest.raises(UsageError, match=r"step\.joint_paths.*eval mode"):
+        RunConfig(step=joint, prompt=PromptConfig(bn_mode="train"))
     with pytest.raises(UsageError, match=r"optim\.nesterov.*momentum"):
         OptimConfig(nesterov=True, momentum=0.0)
 
