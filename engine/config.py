@@ -27,8 +27,11 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
 class DataConfig:
     """Where the images come from."""
 
-    name: Literal["cifar10", "cifar100", "fashion_mnist", "folder", "synthetic"] = "cifar100"
-    """Data set."""
+    name: Literal[
+        "cifar10", "cifar100", "fashion_mnist", "folder", "imagenet", "cub200", "tiny_imagenet",
+        "webdataset", "synthetic",
+    ] = "cifar100"  # fmt: skip
+    """Data set; folder: train/<class>/ and val/<class>/; webdataset: train-*.tar and val-*.tar."""
     root: str | None = None
     """Folder that holds the data; absent: the environment variable DFPTKD_DATA."""
     limit: int | None = None
@@ -36,7 +39,7 @@ class DataConfig:
     train_limit: int | None = None
     """At most this many training images, drawn evenly over the classes: a user with few labels."""
     image_size: int = 224
-    """Side of the images in pixels (folder and synthetic data; the others have their own)."""
+    """Side of the images in pixels (image files and synthetic data; the others have their own)."""
     num_classes: int = 100
     """Number of classes of synthetic data; the others count their own."""
     crop_padding: int | None = None
@@ -44,7 +47,23 @@ class DataConfig:
     flip: bool = True
     """Flip half of the training images left to right."""
     workers: int = 2
-    """Decoding processes (image folders only)."""
+    """Decoding processes, of DALI threads (image files only)."""
+    loader: Literal["auto", "dali", "torchvision", "device", "synthetic"] = "auto"
+    """What decodes image files. device: all are decoded once and stay on the device; synthetic: none
+    is, the images are made up (what a run would do if decoding cost nothing); auto: DALI where it
+    is installed, torchvision elsewhere, device for sets of small images."""
+    quarantine: str | None = None
+    """List of images that cannot be decoded, by verify-data; absent: the one in the data folder."""
+    max_quarantined: float = 0.001
+    """Largest share of the training images that may be on that list and be replaced by others."""
+    skip_quarantined: bool = False
+    """Evaluate without the test images on that list, in place of an error."""
+    start_size: int | None = None
+    """Side of the training images at first, in pixels; it grows to image_size (image files)."""
+    ramp: tuple[float, float] = (0.35, 0.85)
+    """Shares of the run between which the side grows, in steps of 32 pixels."""
+    keep_test: bool = True
+    """Keep the decoded test images on the device, where a quarter of its free memory holds them."""
     order_seed: int | None = None
     """Seed of sample order and augmentation; absent: the run's. Runs of several seeds that have it
     in common share each batch and the frozen teacher's work on it."""
@@ -64,6 +83,18 @@ class DataConfig:
         )
         _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _require(
+            0 <= self.max_quarantined <= 1,
+            "data.max_quarantined", self.max_quarantined, "a share in [0, 1]",
+        )  # fmt: skip
+        _require(
+            self.start_size is None or 0 < self.start_size <= self.image_size,
+            "data.start_size", self.start_size, f"1..data.image_size={self.image_size}",
+        )  # fmt: skip
+        _require(
+            len(self.ramp) == 2 and 0 <= self.ramp[0] < self.ramp[1] <= 1,
+            "data.ramp", self.ramp, "two ascending shares of the run, each in [0, 1]",
+        )  # fmt: skip
         _require(
             self.order_seed is None or self.order_seed >= 0,
             "data.order_seed", self.order_seed, "0 or more",

@@ -1,29 +1,30 @@
-"""From a configuration to batches: opens a data set, walks an epoch, decodes in parallel."""
+"""From a configuration to batches: opens a data set and walks an epoch, or its rank's share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ..config import DataConfig
-from ..errors import DataError
+from ..errors import UsageError
 from .cifar import load_cifar
 from .fashion_mnist import load_fashion_mnist
-from .folder import load_folder
+from .file_data import SOURCES, load_files
 from .order import epoch_order
-from .source import Batch, DecodingSplit, ImageData, Split
+from .quarantine import replace_listed
+from .source import Batch, ImageData, Split
 from .synthetic import load_synthetic
 
-_SOURCES = {
+_LOAD = {
     "cifar10": load_cifar,
     "cifar100": load_cifar,
     "fashion_mnist": load_fashion_mnist,
-    "folder": load_folder,
     "synthetic": load_synthetic,
+    **dict.fromkeys(SOURCES, load_files),
 }
+Shard = tuple[int, int]
+"""(rank, number of ranks)"""
 
 
 def load_data(config: DataConfig, device: torch.device) -> ImageData:
@@ -31,8 +32,21 @@ def load_data(config: DataConfig, device: torch.device) -> ImageData:
 
     Raises:
         DataError: the data is missing or breaks its format.
+        UsageError: options that the data set does not take.
     """
-    return _SOURCES[config.name](config, device)
+    if config.name not in SOURCES:
+        own = "synthetic" if config.name == "synthetic" else "device"
+        if config.loader not in ("auto", own):
+            raise UsageError(
+                f"data.loader={config.loader!r} with data.name={config.name!r}: expected auto or "
+                f"{own}"
+            )
+        if config.start_size is not None and config.name != "synthetic":
+            raise UsageError(
+                f"data.start_size={config.start_size} with data.name={config.name!r}: expected "
+                "image files, which can be decoded to any size"
+            )
+    return _LOAD[config.name](config, device)
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -41,24 +55,49 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 
 def train_batches(
-    split: Split, *, batch_size: int, seed: int, epoch: int, start_step: int = 0, workers: int = 0
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+    workers: int = 0,
+    shard: Shard = (0, 1),
+    side: int | None = None,
 ) -> Iterator[Batch]:
     """An epoch's batches in random order, the last partial one dropped.
 
     The batch of a step is a pure function of (seed, epoch, step): a resumed epoch starts at
-    `start_step` without replay.
+    `start_step` without replay. An image in quarantine is replaced here, before anything is
+    decoded, and so alike by every loader.
 
     Args:
         split: a training split.
-        batch_size: images of a batch.
+        batch_size: images of a batch, of all ranks together.
         seed: seed of the run.
         epoch: epoch from 0.
         start_step: first step to yield.
-        workers: decoding processes; 0 decodes in this one. Splits in memory need none.
+        workers: decoding processes or threads; 0 decodes in this one. Splits in memory need none.
+        shard: which part of each batch to yield: the rows of one rank.
+        side: of the images, in pixels, where the split makes them to measure; None: its own.
     """
     order = epoch_order(seed, epoch, len(split), split.labels.device)
+    if split.listed is not None:
+        order = replace_listed(
+            order.cpu(), split.listed, split.labels.cpu(), seed=seed, epoch=epoch
+        ).to(split.labels.device)
     steps = steps_per_epoch(len(split), batch_size)
-    yield from _batches(split, order.split(batch_size)[start_step:steps], seed, epoch, workers)
+    rank, ranks = shard
+    rows = [r.tensor_split(ranks)[rank] for r in order.split(batch_size)[start_step:steps]]
+    yield from split.stream(rows, seed=seed, epoch=epoch, workers=workers, side=side)
+
+
+def num_replaced(split: Split, *, batch_size: int, seed: int, epoch: int, steps: int) -> int:
+    """Images of the first `steps` steps of an epoch that stand in for one in quarantine."""
+    if split.listed is None:
+        return 0
+    order = epoch_order(seed, epoch, len(split))
+    return int(split.listed[order[: steps * batch_size]].sum())
 
 
 def test_batches(
@@ -66,6 +105,7 @@ def test_batches(
     *,
     batch_size: int,
     workers: int = 0,  # noqa: PT028 (public name, not a test)
+    shard: Shard = (0, 1),  # noqa: PT028
 ) -> Iterator[Batch]:
     """Every image exactly once, in order; the last batch may be partial.
 
@@ -73,66 +113,14 @@ def test_batches(
         split: a test split (a training split would come augmented as in epoch 0 of seed 0).
         batch_size: images of a batch.
         workers: as in `train_batches`.
+        shard: which of equal blocks (but for one image) of the split to yield.
     """
-    order = torch.arange(len(split), device=split.labels.device)
-    yield from _batches(split, order.split(batch_size), seed=0, epoch=0, workers=workers)
+    rank, ranks = shard
+    samples = torch.arange(len(split), device=split.labels.device)
+    own = samples.tensor_split(ranks)[rank]
+    rows = own.split(batch_size) if len(own) else ()
+    yield from split.stream(rows, seed=0, epoch=0, workers=workers)
 
 
 # pytest would take the public name for a test wherever it is imported
 test_batches.__test__ = False  # type: ignore[attr-defined]
-
-
-def _batches(
-    split: Split, rows: Sequence[Tensor], seed: int, epoch: int, workers: int
-) -> Iterator[Batch]:
-    if not (isinstance(split, DecodingSplit) and workers):
-        for indices in rows:
-            yield split.batch(indices, seed=seed, epoch=epoch)
-        return
-    loader = DataLoader(
-        _DecodedBatches(split, rows, seed, epoch),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=split.device.type == "cuda",
-        # its own generator: the loader would else advance the global one, which checkpoints record
-        generator=torch.Generator(),
-    )
-    yield from _on_device(loader, split.device)
-
-
-def _on_device(batches: Iterable[Batch | DataError], device: torch.device) -> Iterator[Batch]:
-    """Batches on `device`; a GPU's copy of the next one runs while the last one is worked on."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead: Batch | None = None
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        if stream is None:
-            yield batch.to(device)
-            continue
-        with torch.cuda.stream(stream):
-            moved = batch.to(device)
-        if ahead is not None:
-            yield ahead
-        torch.cuda.current_stream(device).wait_stream(stream)
-        moved.record_stream(torch.cuda.current_stream(device))
-        ahead = moved
-    if ahead is not None:
-        yield ahead
-
-
-class _DecodedBatches(Dataset):
-    """Batch number -> decoded batch, in a worker process."""
-
-    def __init__(self, split: DecodingSplit, rows: Sequence[Tensor], seed: int, epoch: int):
-        self.split, self.rows, self.seed, self.epoch = split, rows, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, step: int) -> Batch | DataError:
-        try:
-            return self.split.decode(self.rows[step], seed=self.seed, epoch=self.epoch)
-        except DataError as error:
-            # as a value: the loader would bury a raised error's one line in a traceback
-            return error

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     SYNTHETIC_LABEL = 5
     SYNTHETIC_PIXELS = 6
     SYNTHETIC_COLOUR = 7
+    REPLACEMENT = 8
 
 
 def hash_bits(seed: int, epoch: int, ids: Tensor, stream: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ class Batch:
 
     def copy_(self, other: Batch) -> None:
         """Overwrite every tensor with that of `other`, of the same shapes."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "crop" and mine is not None:
+        for name in (f.name for f in fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "crop" and mine is not None:
                 mine, theirs = mine[1], theirs[1]
             if mine is not None:
                 mine.copy_(theirs, non_blocking=True)
@@ -57,7 +58,7 @@ class Batch:
         self._map(lambda tensor: tensor.record_stream(stream))
 
     def _map(self, function: Any) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.crop is not None:
             values["crop"] = (self.crop[0], function(self.crop[1]))
         for name, value in values.items():
@@ -71,34 +72,48 @@ class Split:
 
     labels: Tensor
     """int64 [N], on the device where indices are cheapest."""
+    listed: Tensor | None = None
+    """bool [N], on the CPU: images in quarantine, which training replaces."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+    def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         """The samples `indices` on the run's device, augmented if this is a training split.
 
         Args:
             indices: int64 [B], sample numbers in 0..N-1.
             seed: seed of the run.
             epoch: epoch from 0; with `seed` and the sample number it fixes the augmentation.
+            side: of the images, in pixels, where the split makes them to measure; None: its own.
         """
         raise NotImplementedError
 
+    def stream(
+        self,
+        rows: Sequence[Tensor],
+        *,
+        seed: int,
+        epoch: int,
+        workers: int = 0,
+        side: int | None = None,
+    ) -> Iterator[Batch]:
+        """The batches of `rows` (int64 [B] each) in their order, made ahead of time where that is
+        worth it.
 
-class DecodingSplit(Split):
-    """A split whose batches cost enough CPU time to be made in worker processes."""
+        Args:
+            rows: sample numbers of each batch.
+            seed: as in `batch`.
+            epoch: as in `batch`.
+            workers: processes or threads that decode; 0: this one does.
+            side: as in `batch`.
+        """
+        for indices in rows:
+            yield self.batch(indices, seed=seed, epoch=epoch, side=side)
 
-    device: torch.device
-    """Where `batch` puts them."""
-
-    def decode(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
-        """`batch` on the CPU; touches no GPU, so that a forked process may run it."""
-        raise NotImplementedError
-
-    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
-        """See `Split.batch`."""
-        return self.decode(indices.cpu(), seed=seed, epoch=epoch).to(self.device)
+    def describe(self) -> dict[str, Any]:
+        """What the pixels of a batch depend on beside samples and seed, as JSON data."""
+        return {"loader": "device"}
 
 
 class Augmentation:
@@ -138,8 +153,8 @@ class ResidentSplit(Split):
         self.labels = labels
         self.augmentation = augmentation
 
-    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
-        """See `Split.batch`."""
+    def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
+        """See `Split.batch`; the images are as large as they lie there."""
         indices = indices.to(self.labels.device, non_blocking=True)
         crop, flip = self.augmentation(indices, seed, epoch) if self.augmentation else (None, None)
         return Batch(self.images[indices], self.labels[indices], crop, flip, indices)
@@ -160,6 +175,10 @@ class ImageData:
     """Mean of each channel, pixels in 0..1."""
     std: tuple[float, float, float]
     """Standard deviation of each channel, pixels in 0..1."""
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    """What samples and pixels depend on: the same in a run that goes on."""
+    notes: list[str] = field(default_factory=list)
+    """What a user must be told of the data, one line each."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +223,7 @@ def resident_data(
         image_size=(train.images.shape[1], train.images.shape[2]),
         mean=mean,
         std=std,
+        pipeline={"loader": "device"},
     )
 
 

@@ -6,6 +6,7 @@ Every image is uniform noise around a colour that its class has: enough for a ne
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def load_synthetic(config: DataConfig, device: torch.device) -> ImageData:
         image_size=(config.image_size, config.image_size),
         mean=(0.498, 0.498, 0.498),  # half of (noise + colour), both uniform in 0..255
         std=(0.2, 0.2, 0.2),
+        pipeline={"loader": "synthetic"},
     )
 
 
@@ -59,22 +61,61 @@ class SyntheticSplit(Split):
                 len(self.ids), config.crop_padding or 0, config.flip, device
             )
 
-    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+    def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         """See `Split.batch`."""
         indices = indices.to(self.labels.device, non_blocking=True)
         crop, flip = self.augmentation(indices, seed, epoch) if self.augmentation else (None, None)
         labels = self.labels[indices]
-        return Batch(self._images(self.ids[indices], labels), labels, crop, flip, indices)
+        images = synthetic_images(self.ids[indices], labels, side or self.image_size, self.which)
+        return Batch(images, labels, crop, flip, indices)
 
-    def _images(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3]."""
-        side = self.image_size
-        num_bytes = side * side * 3
-        words = math.ceil(num_bytes / 8)  # a hash gives 8 pixels
-        counters = ids[:, None] * words + torch.arange(words, device=ids.device)
-        noise = hash_bits(_DATA_SEED, self.which, counters, Stream.SYNTHETIC_PIXELS)
-        noise = noise.view(torch.uint8)[:, :num_bytes].view(-1, side, side, 3)
-        channels = torch.arange(3, device=ids.device)
-        colours = hash_bits(_DATA_SEED, 0, labels[:, None] * 3 + channels, Stream.SYNTHETIC_COLOUR)
-        colours = integers(colours, 256).to(torch.uint8)  # [B, 3]
-        return (noise >> 1) + (colours >> 1)[:, None, None, :]
+    def describe(self) -> dict[str, Any]:
+        """See `Split.describe`."""
+        return {"loader": "synthetic"}
+
+
+class SyntheticBank(Split):
+    """A few synthetic images in place of those of a real data set, with its labels and its order:
+    what a run would do if decoding cost nothing.
+
+    Args:
+        labels: int64 [N], of the real samples.
+        side: Of the images, in pixels, unless asked for another.
+        device: Where they lie.
+        flip: Whether half of the images are to be mirrored.
+    """
+
+    SIZE = 64
+
+    def __init__(self, labels: Tensor, side: int, device: torch.device, *, flip: bool) -> None:
+        self.labels, self.side, self.device = labels.to(device), side, device
+        self.augmentation = Augmentation(len(labels), 0, flip, device)
+        self._banks: dict[int, Tensor] = {}
+
+    def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
+        """See `Split.batch`."""
+        side = side or self.side
+        if side not in self._banks:
+            ids = torch.arange(self.SIZE, device=self.device)
+            self._banks[side] = synthetic_images(ids, ids, side, _TRAIN)
+        indices = indices.to(self.device, non_blocking=True)
+        _, flip = self.augmentation(indices, seed, epoch)
+        images = self._banks[side][indices % self.SIZE]
+        return Batch(images, self.labels[indices], None, flip, indices)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Split.describe`."""
+        return {"loader": "synthetic"}
+
+
+def synthetic_images(ids: Tensor, labels: Tensor, side: int, which: int) -> Tensor:
+    """uint8 [B, side, side, 3] of the images `ids` of classes `labels`, both int64 [B]."""
+    num_bytes = side * side * 3
+    words = math.ceil(num_bytes / 8)  # a hash gives 8 pixels
+    counters = ids[:, None] * words + torch.arange(words, device=ids.device)
+    noise = hash_bits(_DATA_SEED, which, counters, Stream.SYNTHETIC_PIXELS)
+    noise = noise.view(torch.uint8)[:, :num_bytes].view(-1, side, side, 3)
+    channels = torch.arange(3, device=ids.device)
+    colours = hash_bits(_DATA_SEED, 0, labels[:, None] * 3 + channels, Stream.SYNTHETIC_COLOUR)
+    colours = integers(colours, 256).to(torch.uint8)  # [B, 3]
+    return (noise >> 1) + (colours >> 1)[:, None, None, :]

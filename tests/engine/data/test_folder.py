@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dfptkd.engine.config import DataConfig
-from dfptkd.engine.data import folder, load_data, test_batches, train_batches
-from dfptkd.engine.data.folder import random_box
+from dfptkd.engine.data import load_data, test_batches, train_batches
+from dfptkd.engine.data.crops import RandomResizedCrop
 from dfptkd.engine.errors import DataError
 
 CPU = torch.device("cpu")
@@ -36,7 +36,15 @@ def root(tmp_path):
 
 
 def load(root, **options):
-    return load_data(DataConfig(name="folder", root=str(root), image_size=24, **options), CPU)
+    options = {"loader": "torchvision", "image_size": 24, **options}
+    return load_data(DataConfig(name="folder", root=str(root), **options), CPU)
+
+
+def random_box(seed, epoch, sample, height, width):
+    """Top, left, height, width of one training crop."""
+    size = torch.tensor([[height, width]])
+    box = RandomResizedCrop().boxes(torch.tensor([sample]), size, seed=seed, epoch=epoch, side=224)
+    return tuple(int(v) for v in box[0])
 
 
 def epoch_of(split, **options):
@@ -77,13 +85,17 @@ def test_evaluation_crop_is_torchvisions_M25(root):
     expected = np.stack([np.asarray(transform(Image.open(p).convert("RGB"))) for p in paths])
     batches = list(test_batches(load(root).test, batch_size=4))
     assert [len(b.labels) for b in batches] == [4, 4, 1]
-    assert np.array_equal(torch.cat([b.images for b in batches]).numpy(), expected)
+    found = torch.cat([b.images for b in batches]).numpy()
+    # We cut the box out of the source: what is half a level exactly may be rounded the other way.
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert (found != expected).mean() < 0.15
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 100), (30, 400)])
 def test_random_boxes_are_distributed_like_torchvisions_M25(height, width):
     n = 1500
-    ours = [random_box(0, 0, i, height, width) for i in range(n)]
+    sizes = torch.tensor([[height, width]]).expand(n, 2)
+    ours = RandomResizedCrop().boxes(torch.arange(n), sizes, seed=0, epoch=0, side=224)
     crop = v2.RandomResizedCrop(224)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
@@ -91,7 +103,7 @@ def test_random_boxes_are_distributed_like_torchvisions_M25(height, width):
     theirs = [(p["top"], p["left"], p["height"], p["width"]) for p in theirs]
 
     def statistics(boxes):
-        top, left, h, w = torch.tensor(boxes).double().unbind(1)
+        top, left, h, w = torch.as_tensor(boxes).double().unbind(1)
         assert (top >= 0).all()
         assert (left >= 0).all()
         assert (top + h <= height).all()
@@ -126,11 +138,13 @@ def test_batches_are_bit_equal_for_any_number_of_workers(root, workers):
 
 def test_stateful_crops_fail_the_comparison(root, monkeypatch):
     # negative control: crops from a generator with a state are not a function of the sample
-    def stateful_box(seed, epoch, sample, height, width):
-        return random.randrange(height // 2), random.randrange(width // 2), height // 2, width // 2
+    def stateful_boxes(self, samples, sizes, **_):
+        height, width = sizes[0].tolist()
+        box = [random.randrange(height // 2), random.randrange(width // 2), height // 2, width // 2]
+        return torch.tensor([box]).double()
 
     split = load(root).train
-    monkeypatch.setattr(folder, "random_box", stateful_box)
+    monkeypatch.setattr(RandomResizedCrop, "boxes", stateful_boxes)
     assert not all(same(a, b) for a, b in zip(epoch_of(split), epoch_of(split), strict=True))
 
 
@@ -146,7 +160,7 @@ def test_limits_are_balanced(root):
     assert torch.bincount(data.test.labels).tolist() == [2, 2, 2]
     batch = data.train.batch(torch.tensor([4]), seed=0, epoch=0)
     assert (batch.labels.item(), batch.indices.item()) == (1, 4)
-    assert data.train.names[4] == b"bee/1.JPEG"
+    assert data.train.files.name(4) == "train/bee/1.JPEG"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -163,7 +177,8 @@ def test_undecodable_image_is_named(root, damage, workers):
         )
     with pytest.raises(DataError) as info:
         list(test_batches(data.test, batch_size=4, workers=workers))
-    assert str(info.value).startswith(f"{path}: cannot be decoded as an image")
+    said = "cannot be read" if damage == "vanished" else "cannot be decoded as an image"
+    assert str(info.value).startswith(f"{path}: {said}")
     assert "\n" not in str(info.value)
 
 
@@ -200,8 +215,7 @@ def test_photographs_M25(shared_data, tmp_path):
         (tmp_path / split).mkdir()
         for source in photographs:
             (tmp_path / split / source.name).symlink_to(source)
-    config = DataConfig(name="folder", root=str(tmp_path), image_size=64)
-    data = load_data(config, CPU)
+    data = load(tmp_path, image_size=64)
     batch = next(train_batches(data.train, batch_size=6, seed=0, epoch=0, workers=2))
     assert batch.images.shape == (6, 64, 64, 3)
     assert sorted(batch.labels.tolist()) == list(range(6))

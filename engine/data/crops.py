@@ -1,0 +1,137 @@
+"""Where an image is cut: a box of the source image that is then resized to a square.
+
+A box is a pure function of (seed, epoch, sample) and of the image's size, so that every loader,
+number of workers and number of ranks cuts alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .order import Stream, hash_bits, uniforms
+
+_SCALE = (0.08, 1.0)  # share of the image's area
+_RATIO = (3 / 4, 4 / 3)  # width over height
+_ATTEMPTS = 10  # torchvision's number of tries before it falls back to a central crop
+_DRAWS = 4  # of one attempt: area, ratio, row, column
+
+
+class Crops:
+    """A rule of cutting."""
+
+    cut_first = False
+    """True: crop, then resize the crop by itself (whole pixels). False: the box of an image that is
+    resized as a whole, whose edges see the pixels beyond."""
+
+    def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
+        """Boxes in pixels of the source images.
+
+        Args:
+            samples: int64 [B], sample numbers.
+            sizes: int64 [B, 2], height and width of each image.
+            seed: Seed of the run.
+            epoch: Epoch from 0.
+            side: Of the square that a box is resized to, in pixels.
+
+        Returns:
+            float64 [B, 4]: top, left, height, width.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop(Crops):
+    """torchvision's RandomResizedCrop (scale 0.08..1, ratio 3/4..4/3), drawn from the hash."""
+
+    cut_first = True
+
+    def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
+        per_sample = _ATTEMPTS * _DRAWS
+        counters = samples[:, None] * per_sample + torch.arange(per_sample)
+        draws = uniforms(hash_bits(seed, epoch, counters, Stream.RESIZED_CROP))
+        u_area, u_ratio, u_row, u_column = draws.view(-1, _ATTEMPTS, _DRAWS).unbind(2)
+        height, width = sizes.double()[:, None].unbind(2)  # [B, 1]
+        area = height * width * (_SCALE[0] + (_SCALE[1] - _SCALE[0]) * u_area)
+        # uniform in the logarithm, so that a box is as often tall as it is wide
+        ratio = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** u_ratio
+        box_width, box_height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        top = (u_row * (height - box_height + 1)).floor()
+        left = (u_column * (width - box_width + 1)).floor()
+        fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
+        first = fits.to(torch.uint8).argmax(dim=1)  # the first attempt that fits
+        boxes = torch.stack([top, left, box_height, box_width], dim=2)[
+            torch.arange(len(samples)), first
+        ]
+        for row in (~fits.any(dim=1)).nonzero()[:, 0].tolist():
+            boxes[row] = torch.tensor(_central_box(*sizes[row].tolist()))
+        return boxes
+
+
+@dataclass(frozen=True)
+class CenterCrop(Crops):
+    """Resize of the short side to 256/224 of `side`, then the square in the middle."""
+
+    def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
+        short = round(side * 256 / 224)
+        resized = (short * sizes / sizes.min(dim=1, keepdim=True).values).floor()
+        offset = ((resized - side) / 2).round()  # torchvision's rounding
+        scale = sizes / resized
+        return torch.cat([offset * scale, side * scale], dim=1)
+
+
+@dataclass(frozen=True)
+class StretchedCrop(Crops):
+    """Resize to a square of 256/224 of `side`, whatever the shape, then a crop of it: at random in
+    training, else in the middle (CUB-200's protocol)."""
+
+    random: bool
+
+    def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
+        square = round(side * 256 / 224)
+        if self.random:
+            draws = [
+                uniforms(hash_bits(seed, epoch, samples, stream))
+                for stream in (Stream.CROP_ROW, Stream.CROP_COLUMN)
+            ]
+            offset = (torch.stack(draws, dim=1) * (square - side + 1)).floor()
+        else:
+            offset = torch.full((len(samples), 2), round((square - side) / 2), dtype=torch.float64)
+        scale = sizes.double() / square
+        return torch.cat([offset * scale, side * scale], dim=1)
+
+
+@dataclass(frozen=True)
+class WholeImage(Crops):
+    """The image as it is, stretched to a square."""
+
+    def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
+        return torch.cat([torch.zeros_like(sizes), sizes], dim=1).double()
+
+
+def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """Of an image too narrow or too flat: the largest central box of an admitted ratio."""
+    ratio = min(max(width / height, _RATIO[0]), _RATIO[1])
+    box_width = max(min(width, round(height * ratio)), 1)
+    box_height = max(min(height, round(width / ratio)), 1)
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def side_of_epoch(
+    epoch: int, epochs: int, start: int | None, ramp: tuple[float, ...], end: int
+) -> int:
+    """Side of the training images in an epoch, in pixels: progressive resizing.
+
+    It grows from `start` to `end` between the shares `ramp` of the run, in steps of 32 pixels, as
+    each side is another compiled graph.
+    """
+    if start is None:
+        return end
+    share = (epoch / max(epochs, 1) - ramp[0]) / (ramp[1] - ramp[0])
+    if share >= 1:
+        return end
+    grown = start + math.floor(max(share, 0.0) * (end - start) / 32) * 32
+    return min(grown, end)

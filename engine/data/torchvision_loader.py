@@ -1,0 +1,181 @@
+"""Decoding by Pillow, cropping and resizing as torchvision's v2 transforms do, in worker processes.
+
+Batches are bit-equal for any number of workers: each draw is a function of (seed, epoch, sample).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import DataError
+from .crops import Crops
+from .image_files import ImageFiles
+from .order import flips
+from .source import Batch, Split
+
+# Pillow refuses pictures above 179 megapixels as bombs; verify-data reports them as huge instead.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class TorchvisionSplit(Split):
+    """A split whose images are decoded when a batch asks for them.
+
+    Args:
+        files: The encoded images.
+        crops: Where they are cut.
+        side: Of the squares that come out, in pixels, unless asked for another.
+        device: Where batches land.
+        flip: Whether half of the images are to be mirrored.
+    """
+
+    def __init__(
+        self, files: ImageFiles, crops: Crops, side: int, device: torch.device, *, flip: bool
+    ) -> None:
+        self.files, self.crops, self.side = files, crops, side
+        self.labels = files.labels  # on the CPU, where workers choose
+        self.device, self.flip = device, flip
+
+    def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
+        """See `Split.batch`."""
+        return self.decode(indices.cpu(), seed, epoch, side).to(self.device)
+
+    def stream(
+        self,
+        rows: Sequence[Tensor],
+        *,
+        seed: int,
+        epoch: int,
+        workers: int = 0,
+        side: int | None = None,
+    ) -> Iterator[Batch]:
+        """See `Split.stream`."""
+        if not workers:
+            yield from super().stream(rows, seed=seed, epoch=epoch, side=side)
+            return
+        loader = DataLoader(
+            _DecodedBatches(self, rows, seed, epoch, side),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            # its own generator: the loader would else advance the global one, which checkpoints
+            # record
+            generator=torch.Generator(),
+        )
+        yield from on_device(loader, self.device)
+
+    def decode(self, indices: Tensor, seed: int, epoch: int, side: int | None = None) -> Batch:
+        """`batch` on the CPU; touches no GPU, so that a forked process may run it."""
+        side = side or self.side
+        images = np.empty((len(indices), side, side, 3), np.uint8)
+        for row, sample in enumerate(indices):
+            image = self.open(int(sample))
+            size = torch.tensor([[image.height, image.width]])
+            box = self.crops.boxes(sample[None], size, seed=seed, epoch=epoch, side=side)
+            images[row] = cut(image, box[0].tolist(), side, self.crops.cut_first)
+        flip = flips(seed, epoch, indices) if self.flip else None
+        return Batch(torch.from_numpy(images), self.labels[indices], None, flip, indices)
+
+    def open(self, sample: int) -> Image.Image:
+        """The source image as 8-bit RGB.
+
+        Raises:
+            DataError: It is gone or cannot be decoded.
+        """
+        return decode_rgb(self.files.read(sample), self.files.where(sample))
+
+    def describe(self) -> dict[str, Any]:
+        """See `Split.describe`."""
+        return {"loader": "torchvision", "crops": repr(self.crops), "side": self.side}
+
+
+def decode_rgb(data: bytes, name: str) -> Image.Image:
+    """An encoded image as 8-bit RGB.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise DataError(
+            f"{name}: cannot be decoded as an image ({one_line(error)}); dfptkd verify-data finds "
+            "every such file"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, the first frame of an animation; 16-bit grey is scaled, not clipped."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def cut(image: Image.Image, box: Sequence[float], side: int, cut_first: bool) -> np.ndarray:
+    """The box (top, left, height, width) of an image, resized: uint8 [side, side, 3]."""
+    top, left, height, width = box
+    edges = (left, top, left + width, top + height)
+    size = (side, side)
+    if cut_first:
+        whole = tuple(round(edge) for edge in edges)
+        return np.asarray(image.crop(whole).resize(size, Image.Resampling.BILINEAR))  # type: ignore[arg-type]
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=edges))
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def on_device(batches: Iterable[Batch | DataError], device: torch.device) -> Iterator[Batch]:
+    """Batches on `device`; a GPU's copy of the next one runs while the last one is worked on."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead: Batch | None = None
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        if stream is None:
+            yield batch.to(device)
+            continue
+        with torch.cuda.stream(stream):
+            moved = batch.to(device)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(stream)
+        moved.record_stream(torch.cuda.current_stream(device))
+        ahead = moved
+    if ahead is not None:
+        yield ahead
+
+
+class _DecodedBatches(Dataset):
+    """Batch number -> decoded batch, in a worker process."""
+
+    def __init__(
+        self,
+        split: TorchvisionSplit,
+        rows: Sequence[Tensor],
+        seed: int,
+        epoch: int,
+        side: int | None,
+    ) -> None:
+        self.split, self.rows, self.seed, self.epoch, self.side = split, rows, seed, epoch, side
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self.split.decode(self.rows[step], self.seed, self.epoch, self.side)
+        except DataError as error:
+            # as a value: the loader would bury a raised error's one line in a traceback
+            return error

@@ -1,0 +1,86 @@
+"""WebDataset shards: train-*.tar and val-*.tar of <key>.jpg with <key>.cls beside it.
+
+The tar files are indexed once and read where they lie, so that samples come in any order. They must
+be uncompressed. classes.txt beside them may name the classes, a line each.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import DataConfig
+from ..errors import DataError
+from .image_files import SUFFIXES, FileSet, TarFiles, read_lines
+from .source import find_root
+
+_LAYOUT = "train-*.tar and val-*.tar (or test-*.tar) of <key>.jpg and <key>.cls"
+
+
+def find_webdataset(config: DataConfig) -> FileSet:
+    """The images of the shards.
+
+    Raises:
+        DataError: No shards, a damaged one, an image without label, or a label out of range.
+    """
+    root = find_root(config.root, _LAYOUT)
+    train = _index(root, "train")
+    test = _index(root, "val" if any(root.glob("val-*.tar")) else "test")
+    highest = int(max(train.labels.max(), test.labels.max()))
+    names = [str(i) for i in range(highest + 1)]
+    if (root / "classes.txt").is_file():
+        names = [line.strip() for line in read_lines(root / "classes.txt")]
+        if len(names) <= highest:
+            raise DataError(
+                f"{root / 'classes.txt'}: {len(names)} classes, but a shard has label {highest}"
+            )
+    if len(names) < 2:
+        raise DataError(f"{root}: found {len(names)} class, expected at least 2")
+    return FileSet(root, train, test, names)
+
+
+def _index(root: Path, split: str) -> TarFiles:
+    shards = sorted(path.name for path in root.glob(f"{split}-*.tar"))
+    if not shards:
+        raise DataError(f"{root}: found no {split}-*.tar, expected {_LAYOUT}")
+    places, names, labels = [], [], []
+    for number, shard in enumerate(shards):
+        for name, start, size, label in _members(root / shard):
+            places.append((number, start, size))
+            names.append(os.fsencode(name))
+            labels.append(label)
+    return TarFiles(root, shards, torch.tensor(places), np.array(names), torch.tensor(labels))
+
+
+def _members(path: Path) -> list[tuple[str, int, int, int]]:
+    """Name, first byte, bytes and label of each image of a shard, in the order of the shard."""
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                if not member.isfile():
+                    continue
+                folder, _, file = member.name.rpartition("/")
+                key, _, suffix = file.partition(".")  # WebDataset's keys end at the first dot
+                key = f"{folder}/{key}"
+                if suffix == "cls":
+                    content = shard.extractfile(member)
+                    text = content.read(32).strip() if content else b""
+                    if not (text.isdigit() and len(text) < 10):
+                        raise DataError(f"{path}/{member.name}: expected a class number from 0")
+                    labels[key] = int(text)
+                elif f".{suffix}".lower() in SUFFIXES:
+                    images[key] = (member.name, member.offset_data, member.size)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path}: expected an uncompressed tar file ({error})") from error
+    for key, (name, _, _) in images.items():
+        if key not in labels:
+            raise DataError(f"{path}/{name}: no .cls beside it, expected {_LAYOUT}")
+    if not images:
+        raise DataError(f"{path}: no image, expected {_LAYOUT}")
+    return [(*place, labels[key]) for key, place in images.items()]
