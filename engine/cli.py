@@ -33,6 +33,7 @@ VERBS = {
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
+    "verify-data": "find images that cannot be decoded: dfptkd verify-data DIR [--out FILE]",
     "bench": "measurements side by side: dfptkd bench kernels|step|overhead [--rounds N] [options]",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
@@ -76,6 +77,7 @@ def _dispatch(argv: list[str]) -> int:
         "report": _report,
         "export": _export,
         "profile": _profile,
+        "verify-data": _verify_data,
         "bench": _bench,
         "doctor": _doctor,
     }
@@ -408,6 +410,21 @@ def _report(args: list[str]) -> int:
 
     report(options.runs, options.out)
     return 0
+
+
+def _verify_data(args: list[str]) -> int:
+    parser = _parser("verify-data")
+    parser.add_argument("folder", type=Path, help="the data folder: images or tar files, any depth")
+    parser.add_argument("--out", type=Path, help="the list; absent: beside the data")
+    parser.add_argument("--workers", type=int, help="processes; absent: one a core")
+    options = _parse(parser, args)
+    if options is None:
+        return 0
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers {options.workers}: expected 1 or more")
+    from .data.verify import run_verify
+
+    return run_verify(options.folder, options.out, options.workers)
 
 
 def _export(args: list[str]) -> int:
