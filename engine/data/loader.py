@@ -41,7 +41,14 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 
 def train_batches(
-    split: Split, *, batch_size: int, seed: int, epoch: int, start_step: int = 0, workers: int = 0
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """An epoch's batches in random order, the last partial one dropped.
 
@@ -50,15 +57,21 @@ def train_batches(
 
     Args:
         split: a training split.
-        batch_size: images of a batch.
+        batch_size: images of a batch, over all shards.
         seed: seed of the run.
         epoch: epoch from 0.
         start_step: first step to yield.
         workers: decoding processes; 0 decodes in this one. Splits in memory need none.
+        shard: (r, w): of each batch the r-th of w equal parts.
     """
     order = epoch_order(seed, epoch, len(split), split.labels.device)
     steps = steps_per_epoch(len(split), batch_size)
-    yield from _batches(split, order.split(batch_size)[start_step:steps], seed, epoch, workers)
+    rank, size = shard
+    rows = [
+        batch[rank * len(batch) // size : (rank + 1) * len(batch) // size]
+        for batch in order.split(batch_size)[start_step:steps]
+    ]
+    yield from _batches(split, rows, seed, epoch, workers)
 
 
 def test_batches(
@@ -66,6 +79,7 @@ def test_batches(
     *,
     batch_size: int,
     workers: int = 0,  # noqa: PT028 (public name, not a test)
+    shard: tuple[int, int] = (0, 1),  # noqa: PT028
 ) -> Iterator[Batch]:
     """Every image exactly once, in order; the last batch may be partial.
 
@@ -73,8 +87,11 @@ def test_batches(
         split: a test split (a training split would come augmented as in epoch 0 of seed 0).
         batch_size: images of a batch.
         workers: as in `train_batches`.
+        shard: (r, w): the r-th of the w blocks of `torch.tensor_split`, which differ by one image
+            at most.
     """
-    order = torch.arange(len(split), device=split.labels.device)
+    rank, size = shard
+    order = torch.arange(len(split), device=split.labels.device).tensor_split(size)[rank]
     yield from _batches(split, order.split(batch_size), seed=0, epoch=0, workers=workers)
 
 
