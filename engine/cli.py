@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except DfptkdError as error:
-        complain(str(error))
+        if not error.is_echo:  # else the process that raised it says it
+            complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted before there was anything to save")
@@ -99,17 +100,23 @@ def _overview() -> str:
 
 
 def _train(args: list[str]) -> int:
-    from .train import run, run_seeds
+    from .distributed import World
+    from .teacher import find_teacher, teacher_run
+    from .train import check_machine, run, run_seeds
 
     config = parse_run("train", args)
     if config is None:
         return 0
-    if config.method != "ce" and config.teacher.weights is None and config.teacher.train_if_missing:
-        from .teacher import find_teacher, teacher_run
-
-        if find_teacher(config) is None:
-            run(teacher_run(config))
-    run_seeds(config)
+    world = World.from_environment()
+    makes_teacher = (
+        config.method != "ce" and config.teacher.weights is None and config.teacher.train_if_missing
+    )
+    for planned in [config, *([teacher_run(config)] if makes_teacher else [])]:
+        device = check_machine(planned, world)
+    with world.connected(device):
+        if makes_teacher and world.of_main(lambda: find_teacher(config) is None):
+            run(teacher_run(config), world)
+        run_seeds(config, world)
     return 0
 
 

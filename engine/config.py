@@ -317,6 +317,9 @@ class StepConfig:
     joint_paths: bool = False
     """dfpt: the later stages run on both teacher paths as one batch of twice the size. Measured on
     CPUs only, where it is slower."""
+    sync_bn: bool = False
+    """BatchNorms of student and prompt path normalise by the images of all processes, not by
+    those of their own (CUDA only)."""
     max_skips: int = 10
     """Steps of an epoch that may be skipped because their loss or gradients are not finite."""
 
