@@ -400,6 +400,7 @@ def _eval(args: list[str]) -> int:
     print(
         f"{result.model}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on "
         f"{result.images:,} test images of {result.data}"
+        + (f" (without {result.skipped} in quarantine)" if result.skipped else "")
     )
     if result.logged is not None:
         print(f"logged by the run at this step: {result.logged:.2f} %")

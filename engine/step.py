@@ -63,6 +63,8 @@ def choose_mode(config: RunConfig, device: torch.device, processes: int = 1) -> 
         obstacle = "fp16's gradient scaling is not captured yet"
     elif config.loss.update == "alternating":
         obstacle = "alternating updates are two different steps"
+    elif config.data.start_size is not None:
+        obstacle = "progressive resizing changes the images' size"
     if asked == "graph" and obstacle is not None:
         raise UsageError(f"step.mode='graph': expected eager, compile or auto: {obstacle}")
     if asked != "auto":
