@@ -33,6 +33,7 @@ VERBS = {
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
+    "verify-data": "find images that cannot be decoded: dfptkd verify-data DIR [--out FILE]",
     "bench": "measurements side by side: dfptkd bench kernels|step|overhead [--rounds N] [options]",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except DfptkdError as error:
-        complain(str(error))
+        if not error.is_echo:  # else the process that raised it says it
+            complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted before there was anything to save")
@@ -76,6 +78,7 @@ def _dispatch(argv: list[str]) -> int:
         "report": _report,
         "export": _export,
         "profile": _profile,
+        "verify-data": _verify_data,
         "bench": _bench,
         "doctor": _doctor,
     }
@@ -97,17 +100,23 @@ def _overview() -> str:
 
 
 def _train(args: list[str]) -> int:
-    from .train import run, run_seeds
+    from .distributed import World
+    from .teacher import find_teacher, teacher_run
+    from .train import check_machine, run, run_seeds
 
     config = parse_run("train", args)
     if config is None:
         return 0
-    if config.method != "ce" and config.teacher.weights is None and config.teacher.train_if_missing:
-        from .teacher import find_teacher, teacher_run
-
-        if find_teacher(config) is None:
-            run(teacher_run(config))
-    run_seeds(config)
+    world = World.from_environment()
+    makes_teacher = (
+        config.method != "ce" and config.teacher.weights is None and config.teacher.train_if_missing
+    )
+    for planned in [config, *([teacher_run(config)] if makes_teacher else [])]:
+        device = check_machine(planned, world)
+    with world.connected(device):
+        if makes_teacher and world.of_main(lambda: find_teacher(config) is None):
+            run(teacher_run(config), world)
+        run_seeds(config, world)
     return 0
 
 
@@ -408,6 +417,21 @@ def _report(args: list[str]) -> int:
 
     report(options.runs, options.out)
     return 0
+
+
+def _verify_data(args: list[str]) -> int:
+    parser = _parser("verify-data")
+    parser.add_argument("folder", type=Path, help="the data folder: images or tar files, any depth")
+    parser.add_argument("--out", type=Path, help="the list; absent: beside the data")
+    parser.add_argument("--workers", type=int, help="processes; absent: one a core")
+    options = _parse(parser, args)
+    if options is None:
+        return 0
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers {options.workers}: expected 1 or more")
+    from .data.verify import run_verify
+
+    return run_verify(options.folder, options.out, options.workers)
 
 
 def _export(args: list[str]) -> int:

@@ -49,9 +49,9 @@ class DataConfig:
     workers: int = 2
     """Decoding processes, of DALI threads (image files only)."""
     loader: Literal["auto", "dali", "torchvision", "device", "synthetic"] = "auto"
-    """What decodes image files. device: all are decoded once and stay on the device; synthetic: none
-    is, the images are made up (what a run would do if decoding cost nothing); auto: DALI where it
-    is installed, torchvision elsewhere, device for sets of small images."""
+    """What decodes image files. device: all are decoded once and stay there; synthetic: none is,
+    images are made up (what a run would do if decoding cost nothing); auto: DALI where it is
+    installed, torchvision elsewhere, device for sets of small images."""
     quarantine: str | None = None
     """List of images that cannot be decoded, by verify-data; absent: the one in the data folder."""
     max_quarantined: float = 0.001
@@ -317,6 +317,9 @@ class StepConfig:
     joint_paths: bool = False
     """dfpt: the later stages run on both teacher paths as one batch of twice the size. Measured on
     CPUs only, where it is slower."""
+    sync_bn: bool = False
+    """BatchNorms of student and prompt path normalise by the images of all processes, not by
+    those of their own (CUDA only)."""
     max_skips: int = 10
     """Steps of an epoch that may be skipped because their loss or gradients are not finite."""
 

@@ -8,6 +8,8 @@ class DfptkdError(Exception):
     """A failure whose message is one line naming what was wrong and what was expected."""
 
     exit_code = 1
+    is_echo = False
+    """Raised here because another process of the run raised it, and says it."""
 
 
 class UsageError(DfptkdError):

@@ -140,6 +140,10 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, row["step"])
         self._tensorboard.flush()
 
+    def record(self, values: dict[str, Any]) -> None:
+        """Write run.json."""
+        write_json(self.folder / "run.json", values)
+
     def status(self, **values: Any) -> None:
         """Replace status.json."""
         write_json(self.folder / "status.json", {**values, "time": time.time()})
@@ -164,6 +168,36 @@ class RunLog:
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
             yield ProgressLine(bar, self, total_steps, done, batch)
+
+
+class SilentLog(RunLog):
+    """The log of a process that leaves writing and speaking to rank 0."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def event(self, kind: str, message: str, step: int = 0) -> None:
+        """Nothing."""
+
+    def row(self, row: dict[str, float]) -> None:
+        """Nothing."""
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def status(self, **values: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def progress(self, total_steps: int, done: int, batch: int) -> Iterator[ProgressLine]:
+        """A line that is never due."""
+        yield SilentLine(None, self, total_steps, done, batch)
 
 
 class ProgressLine:
@@ -201,6 +235,14 @@ class ProgressLine:
         )
 
 
+class SilentLine(ProgressLine):
+    """Of a process that leaves speaking to rank 0."""
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
@@ -215,4 +257,5 @@ def write_json(path: Path, value: Any) -> None:
 
 def complain(message: str) -> None:
     """One line on standard error."""
-    print(f"dfptkd: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"dfptkd: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels import normalize_images
 from ..kernels.dual_path_loss import kl_rows, upcast
 from .data import Batch, ImageData, test_batches
+from .distributed import SINGLE, World
 from .methods import Method, StepOutput
 from .methods.dfpt import DualPathDistillation
 from .methods.dkd import decoupled_kl
@@ -17,10 +19,16 @@ from .models.parts import eval_mode
 
 
 class EpochMeter:
-    """Means over the steps of an epoch, kept on the device so that no step waits for them."""
+    """Means over the steps of an epoch, kept on the device so that no step waits for them.
 
-    def __init__(self, term_names: tuple[str, ...], device: torch.device) -> None:
-        self.term_names = term_names
+    Each process counts its own images. `num_images` and `read` add up over all of them, and so are
+    to be called by all at the same step.
+    """
+
+    def __init__(
+        self, term_names: tuple[str, ...], device: torch.device, world: World = SINGLE
+    ) -> None:
+        self.term_names, self.world = term_names, world
         # total, terms..., images, student hits, prompt hits; fp64 keeps counts exact
         self.sums = torch.zeros(len(term_names) + 4, dtype=torch.float64, device=device)
 
@@ -39,11 +47,14 @@ class EpochMeter:
 
     def num_images(self) -> int:
         """Images counted so far (waits for the device)."""
-        return int(self.sums[-3].item())
+        return int(self.world.total(self.sums[-3]).item())
 
-    def read(self, has_prompt_path: bool) -> dict[str, float]:
-        """Means so far, by the column names of metrics.csv (waits for the device)."""
-        total, *rest = self.sums.tolist()
+    def read(self, has_prompt_path: bool, own: bool = False) -> dict[str, float]:
+        """Means so far, by the column names of metrics.csv (waits for the device).
+
+        `own`: of this process's images alone, which any process may ask for at any time.
+        """
+        total, *rest = (self.sums if own else self.world.total(self.sums)).tolist()
         *terms, images, student_hits, prompt_hits = rest
         images = max(images, 1.0)
         row = {"loss/total": total / images}
@@ -76,12 +87,18 @@ def normaliser(data: ImageData, dtype: torch.dtype = torch.float32) -> Normalise
 
 @torch.no_grad()
 def predict(
-    model: Callable[[Tensor], Tensor], data: ImageData, *, batch_size: int, workers: int = 0
+    model: Callable[[Tensor], Tensor],
+    data: ImageData,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    world: World = SINGLE,
 ) -> Tensor:
-    """Logits [N, C], fp32, of the test split in its order."""
+    """Logits [N, C], fp32, of the test split in its order; each process computes its block."""
     normalise = normaliser(data)
-    batches = test_batches(data.test, batch_size=batch_size, workers=workers)
-    return torch.cat([model(normalise(batch)).float() for batch in batches])
+    batches = test_batches(data.test, batch_size=batch_size, workers=workers, shard=world.shard)
+    own = torch.cat([model(normalise(batch)).float() for batch in batches])
+    return world.all_rows(own, len(data.test))
 
 
 class CapturedForward:
@@ -147,6 +164,7 @@ class Evaluator:
         batch_size: Images in a step.
         workers: As in `test_batches`.
         captured: Run each forward pass as a CUDA graph, for a method that stays where it is.
+        world: The processes that share the work; each gets all figures.
     """
 
     def __init__(
@@ -157,9 +175,14 @@ class Evaluator:
         batch_size: int,
         workers: int,
         captured: bool = False,
+        world: World = SINGLE,
     ) -> None:
         self.method, self.data, self.captured = method, data, captured
-        self.options = {"batch_size": batch_size, "workers": workers}
+        self.options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "world": world,
+        }
         self.teacher_logits: Tensor | None = None
         self.forwards: dict[str, Callable[[Tensor], Tensor]] = {}
 
@@ -168,7 +191,7 @@ class Evaluator:
         if self.method.term_names == ("ce",):
             return None
         with eval_mode(self.method):  # once: not worth a graph
-            self.teacher_logits = predict(self.method.teacher_logits, self.data, **self.options)  # type: ignore
+            self.teacher_logits = predict(self.method.teacher_logits, self.data, **self.options)  # type: ignore[arg-type]
         top1, top5 = accuracy(self.teacher_logits, self.data.test.labels)
         return {"top1": top1, "top5": top5}
 
@@ -196,7 +219,7 @@ class Evaluator:
     def _predict(self, name: str, forward: Callable[[Tensor], Tensor]) -> Tensor:
         if name not in self.forwards:
             self.forwards[name] = CapturedForward(forward) if self.captured else forward
-        return predict(self.forwards[name], self.data, **self.options)  # type: ignore[arg-type]
+        return predict(self.forwards[name], self.data, **self.options)
 
     def _prompt_path(self, method: DualPathDistillation) -> tuple[dict[str, float], Tensor]:
         """Mean ||P_i(x_i)|| / ||x_i|| of each stage, and the logits [N, C]."""

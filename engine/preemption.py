@@ -25,6 +25,16 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    @property
+    def number(self) -> int:
+        """The signal's number, 0 for none."""
+        return 0 if self.signal is None else int(self.signal)
+
+    def ask_for_hangup(self) -> None:
+        """As SIGHUP would, if nothing has asked before."""
+        if self.signal is None:
+            self.signal = signal.SIGHUP
+
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler."""
         if self.signal is not None:

@@ -7,6 +7,9 @@
 
 The body reads nothing back from the device, and every write in it passes a gate: a step whose loss
 or gradients are not finite changes no parameter, no statistic, no average and no count.
+
+Of several processes each does the body on its share of the batch; gradients are averaged in the
+backward pass, and the gate opens in all of them or in none.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..kernels import use_backend
 from .config import RunConfig
 from .data import Batch, ImageData
+from .distributed import SINGLE, World, accumulating
 from .errors import UsageError
 from .guards import Certificate, certify
 from .methods import Method, StepOutput
@@ -34,14 +38,25 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP_STEPS = 3  # before a capture: compilation, cuDNN's search and the allocator settle in them
 
 
-def choose_mode(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    """The execution mode of a run, and why.
+def choose_mode(config: RunConfig, device: torch.device, processes: int = 1) -> tuple[str, str]:
+    """The execution mode of a run of `processes` processes, and why.
 
     Raises:
-        UsageError: `graph` is asked for where a step cannot be one CUDA graph.
+        UsageError: A mode is asked for, or synchronised BatchNorms, where they cannot be.
     """
     asked = config.step.mode
     obstacle = None
+    if config.step.sync_bn and device.type != "cuda":
+        raise UsageError(f"step.sync_bn=True on {device.type}: expected --device cuda")
+    if config.step.sync_bn and processes > 1:
+        if asked not in ("auto", "eager"):
+            raise UsageError(
+                f"step.mode={asked!r} with step.sync_bn: expected eager or auto: the forward pass "
+                "then waits for other processes, which is not compiled"
+            )
+        return "eager", "step.sync_bn communicates in the forward pass, which is not compiled"
+    if processes > 1:
+        obstacle = "steps of several processes are not captured yet"
     if device.type != "cuda":
         obstacle = f"a CUDA graph needs a CUDA device, this is {device.type}"
     elif config.precision == "fp16":
@@ -72,9 +87,15 @@ class Gate:
     Args:
         buffers: What the forward pass writes before anybody knows: BatchNorm statistics.
         device: Where all of it lies; nothing is read back.
+        world: The processes that pass together. Each takes over the buffers of rank 0, as torch's
+            DistributedDataParallel has it, though after a step and not before the next: evaluation,
+            averages and checkpoints then find them equal everywhere.
     """
 
-    def __init__(self, buffers: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(
+        self, buffers: Sequence[Tensor], device: torch.device, world: World = SINGLE
+    ) -> None:
+        self.world = world
         self.is_open = torch.ones((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.groups: dict[torch.dtype, list[Tensor]] = {}
@@ -96,6 +117,8 @@ class Gate:
         """
         finite = total.isfinite()
         passes = finite & norm.isfinite()
+        if self.world.size > 1:
+            finite, passes = self.world.all_true(torch.stack([finite, passes])).unbind()
         self.skipped += self.is_open & ~(finite if scaled else passes)
         return passes & self.is_open
 
@@ -103,8 +126,9 @@ class Gate:
         """Take the buffers back to `before` where the step does not pass."""
         for group, old in zip(self.groups.values(), before, strict=True):
             now = torch.cat([b.reshape(-1) for b in group])
-            kept = torch.where(passes, now, old).split([b.numel() for b in group])
-            torch._foreach_copy_([b.view(-1) for b in group], list(kept))
+            kept = self.world.copy_from_main(torch.where(passes, now, old))
+            parts = kept.split([b.numel() for b in group])
+            torch._foreach_copy_([b.view(-1) for b in group], list(parts))
 
 
 class TrainStep:
@@ -117,6 +141,7 @@ class TrainStep:
         total_steps: Length of the schedule.
         steps_per_epoch: For warm-ups, which are given in epochs.
         device: Where the method lives.
+        world: The processes that do each step together.
 
     Raises:
         UsageError: The execution mode that was asked for does not apply.
@@ -131,21 +156,23 @@ class TrainStep:
         total_steps: int,
         steps_per_epoch: int,
         device: torch.device,
+        world: World = SINGLE,
     ) -> None:
-        self.method, self.config, self.device = method, config, device
-        self.mode, self.mode_reason = choose_mode(config, device)
+        self.method, self.config, self.device, self.world = method, config, device, world
+        self.mode, self.mode_reason = choose_mode(config, device, world.size)
         self.precision = compute_precision(config, device)
         self.optimizer = build_optimizer(method, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps, steps_per_epoch)
         self.ema = build_ema(method.student, config.optim.ema_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.meter = EpochMeter(method.term_names, device)
+        self.meter = EpochMeter(method.term_names, device, world)
         self.normalise = normaliser(data, DTYPES.get(self.precision, torch.float32))
         self.image_parts = self._image_parts
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.gate = Gate(method.trained_buffers(), device)
+        self.gate = Gate(method.trained_buffers(), device, world)
+        self.replicas = world.replicate(method)
         self.distillation: float | Tensor = 1.0
         self.is_proven = False
         self.fallback: str | None = None
@@ -178,7 +205,8 @@ class TrainStep:
             # Images of its own: what is remembered for the run's must be made as the run makes it.
             images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
             certificate = certify(self.method, images, labels)
-        self.reference_only = certificate is not None and not certificate.holds
+        fails = certificate is not None and not certificate.holds
+        self.reference_only = any(self.world.exchange(fails))  # one loss in all processes
         return certificate
 
     def __call__(self, batch: Batch, step: int) -> None:
@@ -200,6 +228,10 @@ class TrainStep:
     def _first(self, batch: Batch, step: int) -> None:
         """A mode that `auto` chose may turn out not to work here: eager then does the step."""
         self.is_proven = True
+        if self.world.size > 1:
+            self._rehearse(batch)
+            self._run(batch, step)
+            return
         before = self.gate.remember()
         try:
             self._run(batch, step)
@@ -211,11 +243,34 @@ class TrainStep:
             # Nothing else has moved: a step fails before it updates, a capture with the gate shut.
             self.gate.is_open.fill_(True)
             self.gate.settle(torch.zeros_like(self.gate.is_open), before)
-            self._fall_back(error)
+            self._fall_back(first_line(error))
             self._run(batch, step)
 
-    def _fall_back(self, error: RuntimeError) -> None:
-        self.fallback = f"steps by {self.mode} failed, eager does them: {first_line(error)}"
+    def _rehearse(self, batch: Batch) -> None:
+        """Compile, each process by itself and nothing moves: one that failed in the midst of a step
+        would leave the others waiting. If it fails in one, all fall back."""
+        if self.mode == "eager":
+            return
+        before, failure = self.gate.remember(), None
+        cuda = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(cuda), self.autocast(), self.loss_backend():
+                images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
+                self.method(images, labels, self.distillation).total.backward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.config.step.mode != "auto":
+                raise
+            failure = first_line(error)
+        self.gate.settle(torch.zeros_like(self.gate.is_open), before)
+        self.optimizer.zero_grad(set_to_none=True)
+        failures = [found for found in self.world.exchange(failure) if found is not None]
+        if failures:
+            self._fall_back(failures[0])
+
+    def _fall_back(self, reason: str) -> None:
+        self.fallback = f"steps by {self.mode} failed, eager does them: {reason}"
         self.mode, self.graph = "eager", None
         self.method.compile_regions(disable=True)
         for group in self.optimizer.param_groups:
@@ -228,12 +283,14 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         before = self.gate.remember()
         outputs: list[tuple[StepOutput, int]] = []
-        for part, labels in zip(images, self._label_parts(batch), strict=True):
-            with span("forward"), self.autocast(), self.loss_backend():
-                output = self.method(part, labels, self.distillation)
-            with span("backward"):
-                share = len(labels) / len(batch.labels)
-                self.scaler.scale(output.total * share).backward()
+        parts = list(zip(images, self._label_parts(batch), strict=True))
+        for i, (part, labels) in enumerate(parts, start=1):
+            with accumulating(self.replicas, is_last=i == len(parts)):
+                with span("forward"), self.autocast(), self.loss_backend():
+                    output = self.replicas(part, labels, self.distillation)
+                with span("backward"):
+                    share = len(labels) / len(batch.labels)
+                    self.scaler.scale(output.total * share).backward()
             outputs.append((output, len(labels)))
         with span("optimizer"):
             passes = self._update(outputs, step)

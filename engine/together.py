@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,9 +23,21 @@ Result = TypeVar("Result")
 class SharedBatches:
     """An epoch's batches for runs that walk it in step: whoever asks first makes the batch."""
 
-    def __init__(self, split: Split, *, batch_size: int, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
         self.split, self.seed = split, seed
-        self.options = {"batch_size": batch_size, "workers": workers}
+        self.options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "shard": shard,
+        }
         self.steps = steps_per_epoch(len(split), batch_size)
         self._batches: Iterator[Batch] = iter(())
         self._next = self._made = (-1, -1)  # (epoch, step)
@@ -73,15 +85,19 @@ class RandomState:
 
 
 def take_turns(
-    runs: Sequence[Generator[None, None, Result]], states: Sequence[RandomState]
+    runs: Sequence[Generator[None, None, Result]],
+    states: Sequence[RandomState],
+    waiting: tuple[type[Exception], ...] = (Exception,),
 ) -> list[Result]:
     """Advance every run by one step after the other, to their ends.
 
     A run that fails does not stop the others; the first failure is raised when all have ended.
+    Failures that are not among `waiting` are raised at once.
 
     Args:
         runs: Each yields after a step and returns its result.
         states: The random generators of each.
+        waiting: Failures after which the other runs go on.
     """
     results: dict[int, Result] = {}
     failures: list[Exception] = []
@@ -94,7 +110,7 @@ def take_turns(
             except StopIteration as end:
                 results[i] = end.value
                 del active[i]
-            except Exception as error:
+            except waiting as error:
                 failures.append(error)
                 del active[i]
     if failures:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import statistics
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -36,9 +37,10 @@ from .checkpoint import (
 )
 from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
-from .errors import DataError, NumericError, Stopped, UsageError
+from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
+from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .files import write_atomically
-from .log import ProgressLine, RunLog, clock, commit, hardware, versions, write_json
+from .log import ProgressLine, RunLog, SilentLog, clock, commit, hardware, versions
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
@@ -87,21 +89,25 @@ class Progress:
     prompt_top1: list[tuple[float, float]] = field(default_factory=list)
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, world: World | None = None) -> RunResult:
     """Train one network, from data to the finished student on disk.
 
     Args:
         config: A complete configuration; `seeds` is for `run_seeds`.
+        world: The processes that share the work; absent: those that torchrun has started, or this
+            one alone.
 
     Raises:
         UsageError, DataError, NumericError, StorageError: As the exit codes say.
         Stopped: A signal asked to stop; the state is saved.
     """
-    return run_seeds(dataclasses.replace(config, seeds=(config.seed,)))[0]
+    return run_seeds(dataclasses.replace(config, seeds=(config.seed,)), world)[0]
 
 
-def run_seeds(config: RunConfig) -> list[RunResult]:
+def run_seeds(config: RunConfig, world: World | None = None) -> list[RunResult]:
     """A run for each of `config.seeds` (or for `config.seed`), all in this process, step by step.
+
+    `world` as in `run`.
 
     Raises:
         As `run`; of several runs that fail, the first one's error, when all have ended.
@@ -109,22 +115,59 @@ def run_seeds(config: RunConfig) -> list[RunResult]:
     seeds = (config.seed,) if config.seeds is None else config.seeds
     if config.out is not None and len(seeds) > 1:
         raise UsageError(f"out={config.out!r} with {len(seeds)} seeds: expected --out-root")
-    with stop_on_signal() as stop:
-        device = pick_device(config)
-        choose_mode(config, device)  # refuses before anything is read
+    world = World.from_environment() if world is None else world
+    device = check_machine(config, world)
+    with stop_on_signal() as stop, world.connected(device):
         prepare_torch(config)
-        data = load_data(config.data, device)
+        data = world.everywhere(lambda: load_data(config.data, device))
+        check_sizes(config, data, world)
         made = []
         for seed in seeds:
             own = dataclasses.replace(config, seed=seed, seeds=None)
             prefix = f"seed {seed}: " if len(seeds) > 1 else ""
-            made.append(prepare(own, data, device, stop, prefix))
+            made.append(prepare(own, data, device, stop, prefix, world))
         pending = [m for m in made if isinstance(m, Pending)]
         if len(pending) > 1:
             share(pending)
         turns = [p.trainer.train(p.checkpoint, p.record) for p in pending]
-        results = iter(take_turns(turns, [p.random for p in pending]))
+        # Of several processes all must fail alike for the others' runs to go on.
+        waiting = (Exception,) if world.size == 1 else (Stopped, NumericError, StorageError)
+        results = iter(take_turns(turns, [p.random for p in pending], waiting))
         return [next(results) if isinstance(m, Pending) else m for m in made]
+
+
+def check_machine(config: RunConfig, world: World) -> torch.device:
+    """The device of this process; refuses, before anything is read, what cannot run here.
+
+    Raises:
+        UsageError: No such device, execution mode, or way to cut a batch.
+    """
+    device = pick_device(config, world)
+    choose_mode(config, device, world.size)
+    parts = world.size * config.accumulate
+    if config.global_batch % parts:
+        raise UsageError(
+            f"global_batch={config.global_batch} over {world.size} processes and accumulate="
+            f"{config.accumulate}: expected a multiple of {parts}"
+        )
+    return device
+
+
+def check_sizes(config: RunConfig, data: ImageData, world: World) -> None:
+    """Refuse splits of which a process would get no equal share.
+
+    Raises:
+        UsageError: It names the split and what would do.
+    """
+    num_train, num_test = len(data.train), len(data.test)
+    if num_train < config.global_batch and num_train % world.size:
+        raise UsageError(
+            f"global_batch={config.global_batch} with {num_train} training images, which are one "
+            f"batch and no multiple of {world.size} processes: expected --global-batch of at most "
+            f"{num_train}"
+        )
+    if num_test < world.size:
+        raise UsageError(f"{num_test} test images: expected at most {num_test} processes")
 
 
 @dataclass(frozen=True)
@@ -138,7 +181,12 @@ class Pending:
 
 
 def prepare(
-    config: RunConfig, data: ImageData, device: torch.device, stop: StopRequest, prefix: str = ""
+    config: RunConfig,
+    data: ImageData,
+    device: torch.device,
+    stop: StopRequest,
+    prefix: str = "",
+    world: World = SINGLE,
 ) -> Pending | RunResult:
     """Student, teacher and method of one run, or the result of one that is finished already.
 
@@ -148,26 +196,29 @@ def prepare(
         device: Where it runs.
         stop: The request that it listens to.
         prefix: Put before its lines on the terminal, where several runs talk.
+        world: The processes that share the work.
     """
     out = run_folder(config)
     total_steps = config.epochs * steps_per_epoch(len(data.train), config.global_batch)
-    checkpoint = find_checkpoint(config, out)
-    if checkpoint is not None:
-        check_same_run(config, checkpoint)
-        if checkpoint.step >= end_step(config, total_steps) and is_finished(out, config):
-            return already_done(out, checkpoint)
+    checkpoint, finished = checkpoint_of_main(config, out, total_steps, world)
+    if checkpoint is not None and finished:
+        return already_done(out, checkpoint, world)
 
     torch.manual_seed(config.seed)  # the student first: equal under every method (T2)
-    student = create_model(
-        config.student, num_classes=data.num_classes, weights=config.student_weights
+    student = world.everywhere(
+        lambda: create_model(
+            config.student, num_classes=data.num_classes, weights=config.student_weights
+        )
     )
     cost = None
     teacher, teacher_record = None, None
     if config.method != "ce":
-        weights = resolve_weights(config)
+        weights = world.of_main(lambda: resolve_weights(config))
         with torch.random.fork_rng(devices=[]):
-            teacher = create_model(
-                config.teacher.name, num_classes=data.num_classes, weights=weights
+            teacher = world.everywhere(
+                lambda: create_model(
+                    config.teacher.name, num_classes=data.num_classes, weights=weights
+                )
             )
         cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
         teacher_record = {
@@ -176,11 +227,53 @@ def prepare(
             "sha256": fingerprint(teacher),
             "expected_top1": config.teacher.expected_top1,
         }
+        check_same_teacher(teacher_record, world)
     method = build_method(config, student, teacher)
+    record = run_record(config, data, student, cost, teacher_record, device, world)
+    if config.step.sync_bn and world.size > 1:
+        synchronise_batch_norms(method.trained_networks())
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix)
-    record = run_record(config, data, student, cost, teacher_record)
+    trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world)
+    if not world.is_main:  # from here on dropout and the like draw differently in every process
+        torch.manual_seed(world.seed_of_rank(config.seed, 0))
     return Pending(trainer, checkpoint, record, RandomState(device))
+
+
+def checkpoint_of_main(
+    config: RunConfig, out: Path, total_steps: int, world: World
+) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint that rank 0 goes on from, in every process, and whether the run is finished.
+
+    The others get it from rank 0, and need not see its disk.
+    """
+    found: list[Checkpoint] = []
+
+    def find() -> dict[str, Any] | None:
+        checkpoint = find_checkpoint(config, out)
+        if checkpoint is None:
+            return None
+        check_same_run(config, checkpoint)
+        found.append(checkpoint)
+        at_end = checkpoint.step >= end_step(config, total_steps)
+        finished = at_end and is_finished(out, config)
+        return {"path": str(checkpoint.path), "state": checkpoint.state, "finished": finished}
+
+    shared = world.of_main(find)
+    if shared is None:
+        return None, False
+    tensors = world.tensors_of_main(found[0].tensors if found else None)
+    return Checkpoint(Path(shared["path"]), tensors, shared["state"]), shared["finished"]
+
+
+def check_same_teacher(record: dict[str, Any], world: World) -> None:
+    """Refuse to train with teachers that differ between the processes."""
+    ours = record["sha256"]
+    theirs = world.exchange(ours)[0]
+    if theirs != ours:
+        raise DataError(
+            f"{record['weights']}: SHA-256 {ours[:12]} of the teacher here, {theirs[:12]} in rank "
+            "0: expected the same file on every machine"
+        )
 
 
 def share(runs: Sequence[Pending]) -> None:
@@ -212,9 +305,11 @@ class Trainer:
         total_steps: int,
         stop: StopRequest,
         prefix: str = "",
+        world: World = SINGLE,
     ) -> None:
         self.config, self.out, self.data, self.method = config, out, data, method
-        self.device, self.total_steps, self.stop = device, total_steps, stop
+        self.device, self.total_steps, self.world = device, total_steps, world
+        self.stop = StopVote(stop, world)
         self.per_epoch = steps_per_epoch(len(data.train), config.global_batch)
         self.end_step = end_step(config, total_steps)
         self.prefix = prefix
@@ -223,6 +318,7 @@ class Trainer:
             batch_size=config.global_batch,
             seed=config.seed if config.data.order_seed is None else config.data.order_seed,
             workers=config.data.workers,
+            shard=world.shard,
         )
         self.step = TrainStep(
             method,
@@ -231,6 +327,7 @@ class Trainer:
             total_steps=total_steps,
             steps_per_epoch=self.per_epoch,
             device=device,
+            world=world,
         )
         self.evaluator = Evaluator(
             method,
@@ -238,6 +335,7 @@ class Trainer:
             batch_size=config.eval_batch,
             workers=config.data.workers,
             captured=self.step.mode == "graph",
+            world=world,
         )
         self.progress = Progress()
         self.teacher_sha256: str | None = None
@@ -258,11 +356,13 @@ class Trainer:
         if checkpoint is not None:
             self.restore(checkpoint)
         resumed = None if checkpoint is None else self.progress.step
-        self.log = RunLog(self.out, self.columns(), resumed, prefix=self.prefix)
+        self.log: RunLog = SilentLog()
+        if self.world.is_main:
+            self.log = RunLog(self.out, self.columns(), resumed, prefix=self.prefix)
         try:
             self.announce(record)
             self.method.train()
-            write_json(self.out / "run.json", record)
+            self.log.record(record)
             self.status("running")
             yield from self.epochs()
             self.write_student()
@@ -288,8 +388,11 @@ class Trainer:
             f"{len(self.data.train):,} training, {len(self.data.test):,} test images · "
             f"{config.student} {cost['student_params'] / 1e6:.3f} M parameters, "
             f"{cost['student_macs'] / 1e6:.1f} M MACs · {record['hardware']['device']}, "
-            f"{self.step.precision}, steps by {self.step.mode} ({self.step.mode_reason})"
+            f"{self.processes()}{self.step.precision}, steps by {self.step.mode} "
+            f"({self.step.mode_reason})"
         )
+        if config.step.sync_bn and self.world.size == 1:
+            log.warn("sync_bn", "step.sync_bn does nothing in a single process")
         if self.progress.step:
             log.say(f"resumed from step {self.progress.step} of {self.end_step}")
             log.event("resumed", f"from step {self.progress.step}", self.progress.step)
@@ -311,6 +414,10 @@ class Trainer:
         for kind, warning in self.early_warnings(cost):
             record["warnings"].append(warning)
             log.warn(kind, warning, self.progress.step)
+
+    def processes(self) -> str:
+        """What the first line says of them."""
+        return f"{self.world.size} processes, " if self.world.size > 1 else ""
 
     def early_warnings(self, cost: dict[str, Any]) -> list[tuple[str, str]]:
         """Failure signatures that are visible before the first step (M45, M46)."""
@@ -354,12 +461,13 @@ class Trainer:
                 self.log.warn("fallback", self.step.fallback, progress.step)
                 self.evaluator.captured = False
                 self.step.fallback = None
+            self.stop.after_step()
             paused = time.monotonic()
             yield
             started += time.monotonic() - paused  # the turns of other runs
             if line.due():
                 self.step.join()
-                means = self.step.meter.read(config.has_prompt_path)
+                means = self.step.meter.read(config.has_prompt_path, own=True)
                 line.update(progress.step / self.per_epoch, progress.step, means)
             if self.stop or progress.step >= self.end_step:
                 break
@@ -373,13 +481,12 @@ class Trainer:
         """Log once how far the fused loss is from the reference; beyond rounding, fall back."""
         self.certified = True
         certificate = self.step.certify(batch)
-        if certificate is None:
-            return
-        if certificate.holds:
-            self.log.event("certificate", str(certificate), self.progress.step)
-        else:
-            warning = f"{certificate}, more than rounding: the run uses the reference"
+        if self.step.reference_only:
+            where = "" if self.world.size == 1 else ", or in another process"
+            warning = f"{certificate}{where}, more than rounding: the run uses the reference"
             self.log.warn("certificate_failed", warning, self.progress.step)
+        elif certificate is not None:
+            self.log.event("certificate", str(certificate), self.progress.step)
 
     def end_of_epoch(self, means: dict[str, float]) -> None:
         """Evaluate, log and save, where it is time to; an epoch cut by max_steps counts as one."""
@@ -388,7 +495,8 @@ class Trainer:
         is_best = False
         if at_end or round(epoch) % config.eval_every == 0:
             with self.step.autocast(), self.step.plainly():
-                test = self.evaluator(self.step.ema)
+                found = self.evaluator(self.step.ema)
+            test = self.world.of_main(lambda: found)  # one verdict on what is the best
             is_best = self.note(epoch, test)
             row = {
                 "epoch": epoch,
@@ -447,10 +555,11 @@ class Trainer:
         """Say how many steps of the epoch were skipped; stop where nothing else happened."""
         skipped, counted = int(self.step.gate.skipped.item()), self.step.meter.num_images()
         if not skipped and not counted and self.progress.step >= SCALE_SEARCH_STEPS:
-            raise NumericError(
+            error = NumericError(
                 f"no step of this epoch counts by step {self.progress.step}: gradients overflow at "
                 "any scale; expected --precision bf16 or fp32; the last checkpoint is intact"
             )
+            raise self.said_once(error)
         if not skipped:
             return
         message = (
@@ -458,16 +567,25 @@ class Trainer:
             "gradients not finite"
         )
         if skipped > self.config.step.max_skips or not (counted or self.stop):
-            raise NumericError(
+            error = NumericError(
                 f"{message}; expected at most --step.max-skips {self.config.step.max_skips} and "
                 "one that is not (a lower --optim.lr, or --optim.clip-grad-norm); the last "
                 "checkpoint is intact"
             )
+            raise self.said_once(error)
         self.log.warn("skipped", message, self.progress.step)
 
     def stop_if_asked(self) -> None:
+        self.stop.now()
         if self.stop:
-            raise Stopped(f"stopped by {self.stop.signal.name} at step {self.progress.step}")  # type: ignore
+            name = signal.Signals(self.stop.number).name
+            stopped = Stopped(f"stopped by {name} at step {self.progress.step}")
+            raise self.said_once(stopped)
+
+    def said_once(self, error: DfptkdError) -> DfptkdError:
+        """An error that all processes raise alike, for rank 0 to say."""
+        error.is_echo = not self.world.is_main
+        return error
 
     def learning_rate(self) -> float:
         """Of the student, in the step just done."""
@@ -513,21 +631,22 @@ class Trainer:
     # ------------------------------------------------------------------------
 
     def save(self, is_best: bool = False) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        Rank 0 writes; of the others it needs what differs between processes.
+        """
         if self.saved_step == self.progress.step:
             return
         step = self.step
         tensors = {
             **self.method.trained_state(),
             **optimizer_tensors(step.optimizer),
-            "meter": step.meter.sums,
             "skipped": step.gate.skipped,
-            "rng.cpu": torch.get_rng_state(),
         }
+        for rank, own in enumerate(self.world.gather_tensors(self.own_state())):
+            tensors |= {f"{own_prefix(rank)}{name}": value for name, value in own.items()}
         if step.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
@@ -537,10 +656,20 @@ class Trainer:
             "data": self.data_identity(),
             "config": to_dict(self.config),
             "versions": versions(),
+            "world_size": self.world.size,
         }
-        folder = self.out / "checkpoints"
-        save_checkpoint(folder, tensors, state, keep=self.config.keep_checkpoints, is_best=is_best)
+        folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
+        self.world.of_main(
+            lambda: str(save_checkpoint(folder, tensors, state, keep=keep, is_best=is_best))
+        )
         self.saved_step = self.progress.step
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """What differs between the processes: random generators, and counts of one's own images."""
+        own = {"meter": self.step.meter.sums, "rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return own
 
     def data_identity(self) -> dict[str, Any]:
         """What must be the same in a run that goes on."""
@@ -576,19 +705,34 @@ class Trainer:
             step.ema.load_state_dict(
                 {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
             )
-        step.meter.sums.copy_(tensors["meter"])
         step.gate.skipped.copy_(tensors["skipped"])
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.restore_own_state(checkpoint)
         self.progress = Progress(**state["progress"])
         self.alarmed = state["alarmed"]
         # An epoch that was saved at its edge is still to be evaluated, and then saved again.
         is_complete = checkpoint.path.parent.parent == self.out and not step.meter.num_images()
         self.saved_step = self.progress.step if is_complete else None
 
+    def restore_own_state(self, checkpoint: Checkpoint) -> None:
+        """Inverse of `own_state`, for any number of processes."""
+        tensors, then = checkpoint.tensors, checkpoint.state.get("world_size", 1)
+        rank, now = self.world.shard
+        meters = [tensors[f"{own_prefix(r)}meter"] for r in range(rank, then, now)]
+        self.step.meter.reset()
+        for meter in meters:
+            self.step.meter.sums += meter.to(self.device)
+        if rank >= then:
+            torch.manual_seed(self.world.seed_of_rank(self.config.seed, checkpoint.step))
+            return
+        torch.set_rng_state(tensors[f"{own_prefix(rank)}rng.cpu"])
+        cuda = tensors.get(f"{own_prefix(rank)}rng.cuda")
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.device)
+
     def write_student(self) -> None:
         """The finished network: plain architecture, plain names."""
+        if not self.world.is_main:
+            return
         name = WEIGHTS_FILE if self.config.role == "teacher" else "student.safetensors"
         tensors = {
             k: v.detach().cpu().contiguous().clone()
@@ -602,8 +746,13 @@ class Trainer:
         write_atomically(self.out / name, lambda path: save_file(tensors, path, metadata))
 
 
-def pick_device(config: RunConfig) -> torch.device:
-    """The device asked for, or the best there is."""
+def own_prefix(rank: int) -> str:
+    """Before the names of a rank's own tensors in a checkpoint; rank 0's are a lone process's."""
+    return f"rank{rank}." if rank else ""
+
+
+def pick_device(config: RunConfig, world: World = SINGLE) -> torch.device:
+    """The device asked for, or the best there is; of several processes each has its own GPU."""
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"device={name!r}: expected cpu or cuda")
@@ -611,7 +760,18 @@ def pick_device(config: RunConfig) -> torch.device:
         raise UsageError(f"device={name!r}: this machine has no usable CUDA device; expected cpu")
     if config.precision == "fp16" and name == "cpu":
         raise UsageError("precision='fp16' on cpu: expected fp32 or bf16")
-    return torch.device(name)
+    if world.size == 1 or name == "cpu":
+        return torch.device(name)
+    if name != "cuda":
+        raise UsageError(f"device={name!r} with {world.size} processes: expected cuda or cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {world.local_rank} of this machine, which has {torch.cuda.device_count()} "
+            "CUDA devices: expected at most one process for each (--nproc-per-node)"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def prepare_torch(config: RunConfig) -> None:
@@ -670,11 +830,12 @@ def is_finished(out: Path, config: RunConfig) -> bool:
     return (out / name).is_file()
 
 
-def already_done(out: Path, checkpoint: Checkpoint) -> RunResult:
+def already_done(out: Path, checkpoint: Checkpoint, world: World = SINGLE) -> RunResult:
     """Report a finished run; nothing is written."""
     progress = Progress(**checkpoint.state["progress"])
     top1 = progress.last.get("student_top1", math.nan)
-    print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %")
+    if world.is_main:
+        print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %")
     return RunResult(out, progress.step, progress.last, progress.best)
 
 
@@ -684,6 +845,8 @@ def run_record(
     student: torch.nn.Module,
     cost: TeacherCost | None,
     teacher: dict[str, Any] | None,
+    device: torch.device,
+    world: World = SINGLE,
 ) -> dict[str, Any]:
     """Contents of run.json."""
     shape = (1, 3, *data.image_size)
@@ -710,7 +873,8 @@ def run_record(
         "config": to_dict(config),
         "versions": versions(),
         "commit": commit(),
-        "hardware": hardware(pick_device(config)),
+        "hardware": hardware(device),
+        "world_size": world.size,
         "data": {
             "name": data.name,
             "num_classes": data.num_classes,

@@ -77,7 +77,7 @@ class CenterCrop(Crops):
 
     def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
         short = round(side * 256 / 224)
-        resized = (short * sizes / sizes.min(dim=1, keepdim=True).values).floor()
+        resized = (short * sizes.double() / sizes.min(dim=1, keepdim=True).values).floor()
         offset = ((resized - side) / 2).round()  # torchvision's rounding
         scale = sizes / resized
         return torch.cat([offset * scale, side * scale], dim=1)

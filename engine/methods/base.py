@@ -79,6 +79,10 @@ class Method(nn.Module):
     def share_teacher(self, other: Method) -> None:
         """Use the frozen teacher of `other`, an equal one; computed once for the same images."""
 
+    def trained_networks(self) -> list[nn.Module]:
+        """Everything that runs in training mode."""
+        return [self.student]
+
     def trained_buffers(self) -> list[Tensor]:
         """Buffers that a forward pass in training mode moves: statistics of BatchNorms."""
         return list(self.student.buffers())

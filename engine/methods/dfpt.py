@@ -68,6 +68,9 @@ class DualPathDistillation(Method):
         assert isinstance(other, DualPathDistillation)
         self.teacher.share_original(other.teacher)
 
+    def trained_networks(self) -> list[nn.Module]:
+        return [*super().trained_networks(), *self.teacher.trained_networks()]
+
     def trained_buffers(self) -> list[Tensor]:
         return [*super().trained_buffers(), *self.teacher.trained_buffers()]
 

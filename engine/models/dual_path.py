@@ -176,8 +176,12 @@ class DualPathTeacher(nn.Module):
 
     def trained_buffers(self) -> list[Tensor]:
         """Buffers that a forward pass may move: those of everything but the original path."""
-        moving = (self.pairs, self.head, self.copied)
-        return [b for module in moving if module is not None for b in module.buffers()]
+        return [b for module in self.trained_networks() for b in module.buffers()]
+
+    def trained_networks(self) -> list[nn.Module]:
+        """Everything but the original path."""
+        networks = (self.pairs, self.head, self.copied)
+        return [network for network in networks if network is not None]
 
     def trained_state(self) -> dict[str, Tensor]:
         """state_dict of what training changes: everything but the frozen teacher."""

@@ -137,12 +137,17 @@ class PromptFusion(nn.Module):
         self._initialise(config.init)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> same
-        if self.prompt.is_fused(x):
+        if self.prompt.is_fused(x) and not self._is_synchronised():
             return self._fused(x)
         prompt = self.prompt(x)
         if self.observer is not None:
             self.observer(x, prompt)
         return self.fusion(x + prompt)
+
+    def _is_synchronised(self) -> bool:
+        """Whether BatchNorms add their sums up over processes; the kernels' sums are one's own."""
+        blocks = (self.prompt.up, self.prompt.down, self.fusion)
+        return any(isinstance(m, nn.SyncBatchNorm) for block in blocks for m in block.children())
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same by at most seven convolution kernels; no split, concatenation or other pass."""

@@ -1,0 +1,206 @@
+"""verify-data finds every broken file and accuses no sound one; runs honour the list (fault 19)."""
+
+import json
+import os
+import tarfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sample_images import broken_files, encoded, odd_files, picture, write_folder
+
+from dfptkd.engine.cli import main
+from dfptkd.engine.config import DataConfig
+from dfptkd.engine.data import load_data, test_batches, train_batches, verify
+from dfptkd.engine.data.loader import num_replaced
+from dfptkd.engine.data.quarantine import LIST_NAME, read_quarantine, replace_listed
+from dfptkd.engine.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+def load(root, **options):
+    options = {"loader": "torchvision", "image_size": 24, "max_quarantined": 0.5, **options}
+    return load_data(DataConfig(name="folder", root=str(root), **options), CPU)
+
+
+def write_all(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def test_every_broken_file_is_found_and_no_other(tmp_path, capsys):
+    write_all(tmp_path / "train" / "a", broken_files())
+    write_all(tmp_path / "train" / "b", odd_files())
+    write_all(tmp_path / "train" / "b", {"notes.txt": b"no image", "sound.jpg": encoded(picture())})
+    assert main(["verify-data", str(tmp_path), "--workers", "2"]) == 3
+    found = read_quarantine(tmp_path / LIST_NAME)
+    assert set(found.images) == {f"train/a/{name}" for name in broken_files()}
+    assert found.checked == len(broken_files()) + len(odd_files()) + 1
+    assert found.images["train/a/empty.jpg"] == "empty"
+    assert found.images["train/a/text.jpg"] == "not an image"
+    said = capsys.readouterr().out
+    for kind in ("CMYK", "16-bit", "animated", "JPEG named .png"):
+        assert f"unusual, converted by the loaders: {kind}" in said
+
+
+def test_sound_folder(tmp_path, capsys):
+    write_folder(tmp_path)
+    assert main(["verify-data", str(tmp_path)]) == 0
+    assert read_quarantine(tmp_path / LIST_NAME).images == {}
+    assert capsys.readouterr().out.startswith("20 images, 0 cannot be decoded")
+
+
+def test_huge_is_reported_not_accused(monkeypatch, tmp_path):
+    monkeypatch.setattr(verify, "HUGE", 1000)
+    (tmp_path / "a.jpg").write_bytes(encoded(picture()))
+    (member,) = verify.find_images(tmp_path)
+    assert verify.look_at(member) == ("a.jpg", None, ["huge"])
+
+
+def test_a_file_that_kills_its_process_is_named(tmp_path, monkeypatch):
+    write_all(tmp_path, {f"{i}.jpg": encoded(picture(i)) for i in range(5)})
+    real = verify.look_at
+
+    def deadly(member):
+        if member.name == "3.jpg":
+            os._exit(9)
+        return real(member)
+
+    monkeypatch.setattr(verify, "look_at", deadly)  # workers are forked and have it too
+    findings = verify.verify(verify.find_images(tmp_path), workers=2)
+    assert findings.broken == {"3.jpg": "kills the process that decodes it"}
+    assert findings.checked == 5
+
+
+def test_members_of_tar_files_are_looked_at(tmp_path):
+    write_all(tmp_path / "files", {"1.jpg": encoded(picture()), "2.jpg": b"", "2.cls": b"1"})
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for path in sorted((tmp_path / "files").iterdir()):
+            tar.add(path, path.name)
+            path.unlink()
+    assert main(["verify-data", str(tmp_path)]) == 3
+    assert read_quarantine(tmp_path / LIST_NAME).images == {"train-0.tar/2.jpg": "empty"}
+
+
+@pytest.mark.parametrize("arguments", [["{}/none"], ["{}", "--workers", "0"], ["{}"]])
+def test_refusals_are_one_line(tmp_path, arguments, capsys):
+    code = main(["verify-data", *(a.format(tmp_path) for a in arguments)])
+    said = capsys.readouterr().err
+    assert code == (2 if "--workers" in arguments else 3)
+    assert said.startswith("dfptkd: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / LIST_NAME).exists()
+
+
+def test_a_list_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jpg").write_bytes(encoded(picture()))
+    code = main(["verify-data", str(tmp_path / "data"), "--out", str(tmp_path / "no" / "list")])
+    assert code == 5
+    assert "expected --out FILE elsewhere" in capsys.readouterr().err
+
+
+def quarantined(root):
+    """A folder of which 2 of 12 training images are broken and listed."""
+    paths = write_folder(root)
+    for path in (paths[1], paths[8]):
+        path.write_bytes(b"")
+    assert main(["verify-data", str(root)]) == 3
+    return [1, 8]
+
+
+def test_listed_images_are_replaced_alike_and_counted(tmp_path):
+    listed = quarantined(tmp_path)
+    data = load(tmp_path)
+    assert data.notes[0].startswith("2 of 12 training images are in quarantine")
+    seen, replaced = [], 0
+    for epoch in range(6):
+        options = {"batch_size": 5, "seed": 0, "epoch": epoch}
+        first, second = (list(train_batches(data.train, **options)) for _ in range(2))
+        assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+        for batch in first:
+            assert not set(batch.indices.tolist()) & set(listed)
+            assert torch.equal(batch.labels, batch.indices // 6)
+            seen.append(batch.labels)
+        replaced += num_replaced(data.train, **options, steps=2)
+        # the images beside the replaced ones are those of the run without a list
+        (tmp_path / LIST_NAME).rename(tmp_path / "away")
+        plain = load(tmp_path).train
+        (tmp_path / "away").rename(tmp_path / LIST_NAME)
+        order = torch.cat(_rows(plain, **options))
+        kept = ~torch.isin(order, torch.tensor(listed))
+        assert torch.equal(torch.cat([b.indices for b in first])[kept], order[kept])
+        assert torch.equal(torch.cat([b.labels for b in first]), plain.labels[order])
+    assert replaced > 0
+    assert torch.bincount(torch.cat(seen)).min() > 0
+
+
+def _rows(split, *, batch_size, seed, epoch):
+    from dfptkd.engine.data.order import epoch_order
+
+    return epoch_order(seed, epoch, len(split)).split(batch_size)[:2]
+
+
+def test_without_the_list_the_run_stops_and_names_the_file(tmp_path):
+    quarantined(tmp_path)
+    (tmp_path / LIST_NAME).unlink()
+    data = load(tmp_path)
+    with pytest.raises(DataError, match=r"train/.*jpg: cannot be decoded.*dfptkd verify-data"):
+        list(train_batches(data.train, batch_size=12, seed=0, epoch=0))
+
+
+def test_the_cap_is_kept(tmp_path):
+    quarantined(tmp_path)
+    with pytest.raises(DataError, match=r"2 of 12 training images .* at most 10 %"):
+        load(tmp_path, max_quarantined=0.1)
+    assert load(tmp_path, max_quarantined=2 / 12).train.listed.sum() == 2
+
+
+def test_evaluation_never_replaces(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "val" / "bee" / "2.jpg").write_bytes(b"")
+    list_file = tmp_path / "list.json"
+    assert main(["verify-data", str(tmp_path), "--out", str(list_file)]) == 3
+    with pytest.raises(DataError, match=r"val/bee/2.jpg: 1 of 8 test images are in quarantine"):
+        load(tmp_path, quarantine=str(list_file))
+    data = load(tmp_path, quarantine=str(list_file), skip_quarantined=True)
+    assert data.notes == ["evaluated without 1 of 8 test images, which are in quarantine"]
+    labels = torch.cat([b.labels for b in test_batches(data.test, batch_size=3)])
+    assert labels.tolist() == [0] * 4 + [1] * 3
+
+
+def test_a_class_without_a_sound_image_takes_any():
+    listed, labels = torch.tensor([True, True, False, False]), torch.tensor([0, 0, 1, 1])
+    found = replace_listed(torch.tensor([0, 3, 1, 2]), listed, labels, seed=0, epoch=0)
+    assert found[1] == 3
+    assert found[3] == 2
+    assert not listed[found].any()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+LISTS = st.fixed_dictionaries(
+    {"format": st.sampled_from(["dfptkd.quarantine/1", "x", 1]), "checked": JSON, "images": JSON}
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=200) | JSON.map(json.dumps) | LISTS.map(json.dumps))
+def test_any_content_is_read_or_refused(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("list") / LIST_NAME
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        found = read_quarantine(path)
+    except DataError as error:
+        said = str(error)
+    else:
+        assert found.checked >= len(found.images)
+        return
+    assert said.startswith(str(path))
+    assert "\n" not in said
