@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig, from_dict
-from .errors import DataError, DfptkdError, StorageError, UsageError
+from .errors import DataError, DfptkdError, Stopped, StorageError, UsageError
 from .log import complain
 
 VERBS = {
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except DfptkdError as error:
+        if isinstance(error, Stopped):
+            # torchrun ends its workers when one has left; those that have saved leave by themselves
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not error.is_echo:  # else the process that raised it says it
             complain(str(error))
         return error.exit_code
