@@ -27,7 +27,10 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
 class DataConfig:
     """Where the images come from."""
 
-    name: Literal["cifar10", "cifar100", "fashion_mnist", "folder", "synthetic"] = "cifar100"
+    name: Literal[
+        "cifar10", "cifar100", "fashion_mnist", "imagenet", "cub200", "tiny_imagenet", "folder",
+        "webdataset", "synthetic",
+    ] = "cifar100"  # fmt: skip
     """Data set."""
     root: str | None = None
     """Folder that holds the data; absent: the environment variable DFPTKD_DATA."""
@@ -37,6 +40,13 @@ class DataConfig:
     """At most this many training images, drawn evenly over the classes: a user with few labels."""
     image_size: int = 224
     """Side of the images in pixels (folder and synthetic data; the others have their own)."""
+    start_size: int | None = None
+    """Side of the training images at the start of the run, which then grows to `image_size`;
+    absent: `image_size` throughout."""
+    ramp: tuple[float, float] = (0.35, 0.85)
+    """Shares of the run between which the side grows from `start_size` in steps of 32 pixels."""
+    loader: Literal["auto", "dali", "torchvision", "device", "synthetic"] = "auto"
+    """Who decodes and crops the images; auto: the fastest that applies."""
     num_classes: int = 100
     """Number of classes of synthetic data; the others count their own."""
     crop_padding: int | None = None
@@ -62,6 +72,14 @@ class DataConfig:
         _require(
             self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels"
         )
+        _require(
+            self.start_size is None or 0 < self.start_size <= self.image_size,
+            "data.start_size", self.start_size, f"1 to data.image_size={self.image_size} pixels",
+        )  # fmt: skip
+        _require(
+            len(self.ramp) == 2 and 0 <= self.ramp[0] < self.ramp[1] <= 1,
+            "data.ramp", self.ramp, "two ascending shares of the run in [0, 1]",
+        )  # fmt: skip
         _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         _require(
@@ -219,16 +237,29 @@ class LossConfig:
 class OptimConfig:
     """Optimiser and schedule; learning rates refer to the global batch."""
 
-    name: Literal["sgd"] = "sgd"
-    """Optimiser."""
+    name: Literal["sgd", "adamw", "apex-sgd", "apex-lamb"] = "sgd"
+    """sgd, adamw: torch's fused ones; apex-sgd, apex-lamb: those of NVIDIA apex, where its CUDA
+    extension has been built."""
     lr: float = 0.05
-    """Learning rate of the student at `global_batch`."""
+    """Learning rate of the student; see `lr_batch`."""
+    lr_batch: int | None = None
+    """The learning rates are for a batch of this many images: the run's are lr * global_batch /
+    lr_batch. Absent: they are used as they stand."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """sgd, apex-sgd: momentum."""
     nesterov: bool = False
-    """Nesterov momentum."""
+    """sgd, apex-sgd: Nesterov momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """adamw, apex-lamb: decay of the running averages of the gradient and of its square."""
+    eps: float = 1e-8
+    """adamw, apex-lamb: added to the root of the averaged square."""
     weight_decay: float = 5e-4
-    """L2 penalty on every trained parameter."""
+    """sgd, apex-sgd: L2 penalty, part of the gradient. adamw: decoupled, takes lr * weight_decay of
+    a parameter off it in every step. apex-lamb: decoupled too, but part of the update whose length
+    is then scaled to the parameter's."""
+    decay_norm_and_bias: bool = True
+    """Off: no weight decay on parameters of one dimension, the scales and shifts of normalisations
+    and the biases of convolutions and linear layers."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """step: times `gamma` after each milestone."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
@@ -250,6 +281,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a learning rate above 0")
+        _require(
+            self.lr_batch is None or self.lr_batch >= 1,
+            "optim.lr_batch", self.lr_batch, "a positive number of images",
+        )  # fmt: skip
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optim.betas", self.betas, "two numbers in [0, 1)",
+        )  # fmt: skip
+        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
         _require(
             not self.nesterov or self.momentum > 0,
@@ -377,7 +417,14 @@ class RunConfig:
                 self.method,
                 "method 'dfpt'",
             )
-
+        if self.loss.update == "alternating":
+            # Its kernel takes no group without gradients, and every other step rests one.
+            _require(
+                self.optim.name != "apex-lamb",
+                "optim.name with loss.update='alternating'",
+                self.optim.name,
+                "sgd, adamw or apex-sgd",
+            )
         if self.step.joint_paths:
             _require(
                 self.method == "dfpt" and self.has_prompt_path and self.prompt.bn_mode != "train",

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..kernels import use_backend
+from .checkpoint import optimizer_tensors
 from .config import RunConfig
 from .data import Batch, ImageData
 from .errors import UsageError
@@ -27,7 +28,18 @@ from .methods import Method, StepOutput
 from .metrics import EpochMeter, normaliser
 from .models.parts import Remembered
 from .models.weights import first_line
-from .optim import build_ema, build_optimizer, build_schedule, learning_rates, update_ema
+from .optim import (
+    build_ema,
+    build_optimizer,
+    build_schedule,
+    check_optimizer,
+    graph_obstacle,
+    learning_rates,
+    rates_to_device,
+    rates_to_numbers,
+    skips_by_itself,
+    update_ema,
+)
 from .spans import span
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,10 +50,12 @@ def choose_mode(config: RunConfig, device: torch.device) -> tuple[str, str]:
     """The execution mode of a run, and why.
 
     Raises:
-        UsageError: `graph` is asked for where a step cannot be one CUDA graph.
+        UsageError: `graph` is asked for where a step cannot be one CUDA graph, or the optimiser
+            cannot be had here.
     """
+    check_optimizer(config.optim, device)
     asked = config.step.mode
-    obstacle = None
+    obstacle = graph_obstacle(config.optim)
     if device.type != "cuda":
         obstacle = f"a CUDA graph needs a CUDA device, this is {device.type}"
     elif config.precision == "fp16":
@@ -70,7 +84,8 @@ class Gate:
     """Lets the writes of a step pass only if its loss and its gradients are finite.
 
     Args:
-        buffers: What the forward pass writes before anybody knows: BatchNorm statistics.
+        buffers: What is written before anybody knows, or whatever the verdict: BatchNorm
+            statistics, and what an optimiser moves that does not skip a step by itself.
         device: Where all of it lies; nothing is read back.
     """
 
@@ -81,6 +96,7 @@ class Gate:
         for buffer in buffers:
             self.groups.setdefault(buffer.dtype, []).append(buffer)
 
+    @torch.no_grad()
     def remember(self) -> list[Tensor]:
         """The buffers as they are: one flat copy for each dtype."""
         return [torch.cat([b.reshape(-1) for b in group]) for group in self.groups.values()]
@@ -99,12 +115,14 @@ class Gate:
         self.skipped += self.is_open & ~(finite if scaled else passes)
         return passes & self.is_open
 
+    @torch.no_grad()
     def settle(self, passes: Tensor, before: Sequence[Tensor]) -> None:
         """Take the buffers back to `before` where the step does not pass."""
         for group, old in zip(self.groups.values(), before, strict=True):
             now = torch.cat([b.reshape(-1) for b in group])
             kept = torch.where(passes, now, old).split([b.numel() for b in group])
-            torch._foreach_copy_([b.view(-1) for b in group], list(kept))
+            # In the shape of each: a parameter may lie in memory channels last.
+            torch._foreach_copy_(group, [k.view(b.shape) for k, b in zip(kept, group, strict=True)])
 
 
 class TrainStep:
@@ -135,7 +153,7 @@ class TrainStep:
         self.method, self.config, self.device = method, config, device
         self.mode, self.mode_reason = choose_mode(config, device)
         self.precision = compute_precision(config, device)
-        self.optimizer = build_optimizer(method, config.optim)
+        self.optimizer = build_optimizer(method, config.optim, config.global_batch)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps, steps_per_epoch)
         self.ema = build_ema(method.student, config.optim.ema_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -145,7 +163,10 @@ class TrainStep:
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.gate = Gate(method.trained_buffers(), device)
+        gated = list(method.trained_buffers())
+        if not skips_by_itself(self.optimizer):
+            gated += [*self.params, *optimizer_tensors(self.optimizer).values()]
+        self.gate = Gate(gated, device)
         self.distillation: float | Tensor = 1.0
         self.is_proven = False
         self.fallback: str | None = None
@@ -218,8 +239,7 @@ class TrainStep:
         self.fallback = f"steps by {self.mode} failed, eager does them: {first_line(error)}"
         self.mode, self.graph = "eager", None
         self.method.compile_regions(disable=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = float(group["lr"])
+        rates_to_numbers(self.optimizer)
 
     def body(self, batch: Batch, step: int) -> None:
         """All of a step that runs on the device."""
@@ -264,7 +284,8 @@ class TrainStep:
         passes = self.gate.judge(total, norm, self.scaler.is_enabled())
         if self.config.optim.clip_grad_norm is not None:
             clip_grads_with_norm_(moving, self.config.optim.clip_grad_norm, norm)
-        # What torch's own gradient scaling sets: a fused optimiser then leaves everything alone.
+        # What torch's own gradient scaling sets: a fused optimiser then leaves everything alone;
+        # parameters and state of any other are put back by the gate.
         self.optimizer.found_inf = (~passes).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
@@ -345,8 +366,7 @@ class TrainStep:
     def _capture(self, batch: Batch) -> None:
         """Make the graph, on inputs of its own; the gate is shut, so that nothing moves."""
         self.inputs = batch.clone()
-        for group in self.optimizer.param_groups:  # read anew by every replay
-            group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+        rates_to_device(self.optimizer, self.device)
         random = torch.cuda.get_rng_state(self.device)
         here = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
