@@ -444,26 +444,39 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint |
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Per-parameter state of an optimiser (momentum) under `optimizer.<index>.<name>`."""
+    """The optimiser's state by name, the tensors themselves and no copies.
+
+    `optimizer.<index>.<name>` of a parameter, `optimizer.group<index>.<name>` of a group. Learning
+    rates are the schedule's.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {str(i): optimizer.state.get(p, {}) for i, p in enumerate(params)}
+    own |= {f"group{i}": group for i, group in enumerate(optimizer.param_groups)}
     return {
         f"optimizer.{index}.{name}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
+        for index, values in own.items()
+        for name, value in values.items()
+        if isinstance(value, Tensor) and name != "lr"
     }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`.
+    """Inverse of `optimizer_tensors`; other names in `tensors` are passed over.
 
-    Each buffer takes the memory format of its parameter: the fused kernels walk both linearly.
+    Raises:
+        DataError: The state is another optimiser's, or that of other parameters.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            param = params[int(index)]
-            optimizer.state[param][key] = torch.empty_like(param).copy_(value)
+    ours = optimizer_tensors(optimizer)
+    theirs = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+    for name in sorted(ours.keys() | theirs.keys()):
+        here, there = (list(t[name].shape) if name in t else "none" for t in (ours, theirs))
+        if here != there:
+            raise DataError(
+                f"{name} in the checkpoint: {there}, expected {here}: made with another optimiser "
+                "or other parameters"
+            )
+    for name, value in ours.items():
+        value.copy_(theirs[name])
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
