@@ -57,6 +57,7 @@ REFUSED = {
         "crop_padding": (-1,),
         "workers": (-1,),
         "order_seed": (-1,),
+        "max_quarantined": (-0.1, 1.1, NAN),
     },
     PromptConfig: {
         "r1": AT_LEAST_ONE,
