@@ -128,6 +128,10 @@ class DaliSplit(Split):
                 # names the culprit if there is one, and is as good as DALI if there is none
                 by_pillow.add(error.step)
 
+    def where(self, sample: int) -> str:
+        """See `Split.where`."""
+        return self.files.where(sample)
+
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
         return {
