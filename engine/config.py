@@ -146,7 +146,8 @@ class TeacherConfig:
     name: str = "cifar:wrn_40_2"
     """Model name: cifar:..., torchvision:..., timm:..., imagenet:..."""
     weights: str | None = None
-    """File, torchvision weights enum or `pretrained` for timm; absent: newest train-teacher run."""
+    """File, `package:NAME` for the file in an installed package, torchvision weights enum or
+    `pretrained` for timm; absent: newest train-teacher run."""
     stages: tuple[str, ...] | None = None
     """Module paths whose outputs end a stage, for a model that has no stages of its own."""
     fold_bn: bool = True
@@ -348,7 +349,7 @@ class RunConfig:
     student: str = "cifar:ShuffleV1"
     """Model name of the student."""
     student_weights: str | None = None
-    """File or enum of weights that the student starts from."""
+    """Weights that the student starts from, named as those of the teacher."""
     seed: int = 0
     """Seed of initialisation, sample order and augmentation."""
     seeds: tuple[int, ...] | None = None
