@@ -261,8 +261,9 @@ class OptimConfig:
     decay_norm_and_bias: bool = True
     """Off: no weight decay on parameters of one dimension, the scales and shifts of normalisations
     and the biases of convolutions and linear layers."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """step: times `gamma` after each milestone."""
+    schedule: Literal["step", "cosine", "linear", "constant"] = "step"
+    """step: times `gamma` after each milestone; linear: in a line to 0 from the end of the
+    warm-up."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Shares of the run after which the learning rate falls: epochs 150, 180, 210 of 240."""
     gamma: float = 0.1
