@@ -96,13 +96,16 @@ optim)
     (cd "$path/apex-source" && timeout 300 "$python" - << 'EOF'
 # amp_C alone, with the sources and flags that apex's setup.py gives it: all of apex takes longer.
 import pathlib
-import torch
+import site
 from torch.utils.cpp_extension import load
 text = pathlib.Path("setup.py").read_text()
 names = text.partition('name="amp_C"')[2].partition("]")[0].split('"')
 sources = [name for name in names if name.startswith("csrc/")]
+# A pip-installed CUDA has its headers there.
+packages = [pathlib.Path(folder) for folder in site.getsitepackages()]
+headers = [str(path) for folder in packages for path in folder.glob("nvidia/*/include")]
 load("amp_C", sources, extra_cflags=["-O3"], build_directory="..", verbose=True,
-     extra_cuda_cflags=["-lineinfo", "-O3", "--use_fast_math"], extra_include_paths=["csrc"])
+     extra_cuda_cflags=["-lineinfo", "-O3", "--use_fast_math"], extra_include_paths=["csrc", *headers])
 EOF
     ) > "$out/optim-build.txt" 2>&1 || { tail -n 20 "$out/optim-build.txt"; exit 1; }
     ln -s "$path/apex-source/apex" "$path/apex"

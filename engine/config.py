@@ -162,7 +162,8 @@ class TeacherConfig:
     name: str = "cifar:wrn_40_2"
     """Model name: cifar:..., torchvision:..., timm:..., imagenet:..."""
     weights: str | None = None
-    """File, torchvision weights enum or `pretrained` for timm; absent: newest train-teacher run."""
+    """File, `package:NAME` for the file in an installed package, torchvision weights enum or
+    `pretrained` for timm; absent: newest train-teacher run."""
     stages: tuple[str, ...] | None = None
     """Module paths whose outputs end a stage, for a model that has no stages of its own."""
     fold_bn: bool = True
@@ -276,8 +277,9 @@ class OptimConfig:
     decay_norm_and_bias: bool = True
     """Off: no weight decay on parameters of one dimension, the scales and shifts of normalisations
     and the biases of convolutions and linear layers."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """step: times `gamma` after each milestone."""
+    schedule: Literal["step", "cosine", "linear", "constant"] = "step"
+    """step: times `gamma` after each milestone; linear: in a line to 0 from the end of the
+    warm-up."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Shares of the run after which the learning rate falls: epochs 150, 180, 210 of 240."""
     gamma: float = 0.1
@@ -376,7 +378,7 @@ class RunConfig:
     student: str = "cifar:ShuffleV1"
     """Model name of the student."""
     student_weights: str | None = None
-    """File or enum of weights that the student starts from."""
+    """Weights that the student starts from, named as those of the teacher."""
     seed: int = 0
     """Seed of initialisation, sample order and augmentation."""
     seeds: tuple[int, ...] | None = None

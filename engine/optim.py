@@ -148,6 +148,8 @@ def lr_factor(
         elif config.schedule == "cosine":
             progress = min(step / max(total_steps, 1), 1.0)
             scale *= 0.5 * (1 + math.cos(math.pi * progress))
+        elif config.schedule == "linear":
+            scale *= min(max(total_steps - step, 0) / max(total_steps - warmup, 1), 1.0)
         return scale
 
     return factor

@@ -36,8 +36,12 @@ KNOWN = {
     "cifar10": DataFacts(50_000, 10_000, 10, 32, True, "CIFAR-10", 4),
     "cifar100": DataFacts(50_000, 10_000, 100, 32, True, "CIFAR-100", 4),
     "fashion_mnist": DataFacts(60_000, 10_000, 10, 28, True, "Fashion-MNIST", 2),
+    "cub200": DataFacts(5_994, 5_794, 200, 224, False, "CUB-200-2011, official split"),
+    "tiny_imagenet": DataFacts(100_000, 10_000, 200, 64, False, "Tiny ImageNet", 4),
 }
 IMAGENET_IMAGES, IMAGENET_CLASSES = (1_281_167, 50_000), 1000
+SIZED = ("cub200", "tiny_imagenet")
+"""Data sets whose images are brought to `data.image_size`."""
 
 
 def data_facts(data: DataConfig) -> DataFacts:
@@ -59,10 +63,21 @@ def data_facts(data: DataConfig) -> DataFacts:
             )
         source = "ImageNet's, no image folder given"
         facts = DataFacts(*IMAGENET_IMAGES, IMAGENET_CLASSES, data.image_size, False, source)
+    elif data.name in ("imagenet", "webdataset"):
+        if data.num_classes != IMAGENET_CLASSES:
+            raise DataError(
+                f"data.num_classes={data.num_classes} of {data.name}: expected {IMAGENET_CLASSES}, "
+                "whose number of images is known"
+            )
+        facts = DataFacts(
+            *IMAGENET_IMAGES, IMAGENET_CLASSES, data.image_size, False, "ImageNet-1k's"
+        )
     elif data.name == "synthetic":
         facts = DataFacts(50_000, 10_000, data.num_classes, data.image_size, False, "synthetic")
     else:
         facts = KNOWN[data.name]
+        if data.name in SIZED:
+            facts = dataclasses.replace(facts, image_size=data.image_size)
     train, test = split_limits(data)
     return dataclasses.replace(
         facts,

@@ -1,17 +1,19 @@
-"""torchvision and timm: models by name, their weights, and where their stages end."""
+"""torchvision and timm: models by name, their weights, where their stages end, and their layers in
+torch's own terms."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError, UsageError
+from .key_maps import renamed
 from .names import unknown_name
 from .parts import Parts, pooled_head
-from .weights import first_line, load_strict, read_state_dict
-
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin")
+from .weights import FILE_SUFFIXES, PACKAGE, first_line, load_strict, read_state_dict
 
 
 def create_torchvision(architecture: str, num_classes: int, weights: str | None) -> nn.Module:
@@ -46,7 +48,10 @@ def create_torchvision(architecture: str, num_classes: int, weights: str | None)
 
 
 def create_timm(architecture: str, num_classes: int, weights: str | None) -> nn.Module:
-    """A timm classifier; `weights` is a file, "pretrained" or a pretrained tag."""
+    """A timm classifier; `weights` is a file, "pretrained" or a pretrained tag.
+
+    A file may also be one of those whose names key_maps.py knows.
+    """
     timm = _import_timm()
     base, _, tag = architecture.partition(".")
     if not timm.is_model(base):
@@ -62,7 +67,7 @@ def create_timm(architecture: str, num_classes: int, weights: str | None) -> nn.
     if weights is None or from_file:
         model = timm.create_model(tagged, num_classes=num_classes)
         if weights is not None:
-            load_strict(model, read_state_dict(weights), weights)
+            load_strict(model, renamed(read_state_dict(weights), model, weights), weights)
         return model
     if not tags:
         raise UsageError(f"timm has no pretrained weights for {base}: pass a file")
@@ -77,6 +82,18 @@ def create_timm(architecture: str, num_classes: int, weights: str | None) -> nn.
             f"cannot download the weights of timm:{tagged} ({first_line(error)}); "
             "pass a file instead"
         ) from error
+
+
+def imagenet_wordnet_ids() -> list[str]:
+    """WordNet ids ("n01440764") of the 1000 classes of ImageNet-1k, by class number.
+
+    Raises:
+        UsageError: timm, which has the list, is not installed.
+    """
+    _import_timm()
+    from timm.data import ImageNetInfo
+
+    return list(ImageNetInfo("imagenet-1k").label_names())
 
 
 def external_parts(model: nn.Module) -> Parts | None:
@@ -135,18 +152,100 @@ def _timm_resnet(model: Any) -> Parts:
     return Parts(stages, nn.Identity(), head, post_relu)
 
 
+def _timm_efficientnet(model: Any) -> Parts:
+    """A stage ends before the groups of blocks that halve the resolution, but for the first such:
+    at 1/4, 1/8, 1/16 and 1/32 of it."""
+    groups = list(model.blocks)
+    halving = [i for i, group in enumerate(groups) if _strides(group)]
+    starts = [0, *halving[1:]]
+    parts = [groups[a:b] for a, b in zip(starts, [*starts[1:], len(groups)], strict=True)]
+    stages = [nn.Sequential(model.conv_stem, model.bn1, *parts[0])]
+    stages += [nn.Sequential(*part) for part in parts[1:]]
+    neck = nn.Sequential(model.conv_head, model.bn2)
+    dropout = nn.Dropout(float(model.drop_rate))
+    head = nn.Sequential(model.global_pool, dropout, model.classifier)
+    return Parts(stages, neck, head, [False] * len(stages))
+
+
+def _strides(module: nn.Module) -> bool:
+    return any(max(m.stride) > 1 for m in module.modules() if isinstance(m, nn.Conv2d))
+
+
 _CUTS: dict[tuple[str, str], Callable[[Any], Parts]] = {
     ("torchvision.models.resnet", "ResNet"): _torchvision_resnet,
     ("torchvision.models.vgg", "VGG"): _torchvision_vgg,
     ("torchvision.models.mobilenetv2", "MobileNetV2"): _torchvision_mobilenet_v2,
     ("torchvision.models.shufflenetv2", "ShuffleNetV2"): _torchvision_shufflenet_v2,
     ("timm.models.resnet", "ResNet"): _timm_resnet,
+    ("timm.models.efficientnet", "EfficientNet"): _timm_efficientnet,
+}
+
+
+def plain_layers(module: nn.Module) -> nn.Module:
+    """`module` in eval mode, timm's combined layers as torch's own around the same tensors.
+
+    Whatever holds such a layer is a shallow copy; `module` is not altered.
+    """
+    plain = _PLAIN.get((type(module).__module__, type(module).__name__))
+    if plain is not None:
+        return plain(module)
+    children = {name: plain_layers(child) for name, child in module.named_children()}
+    if all(child is getattr(module, name) for name, child in children.items()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **children}
+    return twin
+
+
+class SamePadding(nn.Module):
+    """Zeros around [B, C, H, W] such that a convolution without padding halves it as TensorFlow's
+    does: H / stride rounded up, an odd zero to the right and below."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.windows = list(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides: list[int] = []
+        for size, (kernel, stride, dilation) in zip(x.shape[2:], self.windows, strict=True):
+            covered = (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1
+            missing = max(covered - size, 0)
+            sides = [missing // 2, missing - missing // 2, *sides]  # F.pad starts from the last
+        return F.pad(x, sides)
+
+
+def _plain_norm_act(layer: Any) -> nn.Module:
+    norm = _as(nn.BatchNorm2d, layer)
+    del norm._modules["drop"], norm._modules["act"]
+    return nn.Sequential(norm, layer.drop, layer.act).eval()
+
+
+def _plain_conv_same(layer: Any) -> nn.Module:
+    return nn.Sequential(SamePadding(layer), _as(nn.Conv2d, layer))
+
+
+def _as(kind: type[nn.Module], layer: nn.Module) -> Any:
+    """The tensors and settings of `layer`, a subclass of `kind`, as a plain `kind`."""
+    twin = copy.copy(layer)
+    twin.__class__ = kind
+    twin._modules = dict(layer._modules)
+    return twin
+
+
+_PLAIN: dict[tuple[str, str], Callable[[Any], nn.Module]] = {
+    ("timm.layers.norm_act", "BatchNormAct2d"): _plain_norm_act,
+    ("timm.layers.conv2d_same", "Conv2dSame"): _plain_conv_same,
 }
 
 
 def _is_file(weights: str) -> bool:
     path = Path(weights)
-    return path.is_file() or path.suffix in FILE_SUFFIXES or len(path.parts) > 1
+    return (
+        weights.startswith(PACKAGE)
+        or path.is_file()
+        or path.suffix in FILE_SUFFIXES
+        or len(path.parts) > 1
+    )
 
 
 def _import_timm() -> Any:

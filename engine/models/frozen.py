@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from ...kernels import frozen_conv2d, frozen_relu
 from ...kernels.backend import autocast_dtype
+from .external import plain_layers
 from .parts import eval_mode
 from .trace import RELU_MODULES, RELUS, LeafTracer
 from .weights import first_line
@@ -45,6 +46,7 @@ def freeze(module: nn.Module, *, fold: bool) -> nn.Module:
         A module without parameters for what it replaced. Operations in place on activations are
         made out of place. A module that cannot be traced is returned as it is, with a warning.
     """
+    module = plain_layers(module)
     try:
         with eval_mode(module):
             graph = LeafTracer(set()).trace(module)

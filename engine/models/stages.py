@@ -41,7 +41,7 @@ def split_stages(model: nn.Module, at: Iterable[str] | None = None) -> Stages:
 
     Args:
         model: A model of our zoo, a torchvision ResNet, VGG, MobileNet V2 or ShuffleNet V2, a timm
-            ResNet; any other model that torch.fx can trace, with `at`.
+            ResNet or EfficientNet; any other model that torch.fx can trace, with `at`.
         at: Module paths whose outputs end a stage, in order of execution.
 
     Returns:

@@ -1,6 +1,7 @@
 """Weights from files: read without executing anything, loaded strictly, refused in one line."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from ..errors import DataError
 from ..files import first_line, read_tensors
 
 SHOWN_KEYS = 3
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin")
+PACKAGE = "package:"
+"""Before the name of an installed package that holds one weights file."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -18,11 +22,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Reads `.safetensors`, or what `torch.save` wrote: a bare state dict, or one under the key
     "model" (mdistiller, RepDistiller) or "state_dict" (timm). The prefix "module." that
-    data-parallel training leaves is dropped.
+    data-parallel training leaves is dropped. "package:NAME" is the one weights file in the folder
+    of an installed package, whose code is not run.
 
     Raises:
         DataError: The file is missing, damaged, holds code, or holds no state dict.
     """
+    if str(path).startswith(PACKAGE):
+        path = _file_of_package(str(path))
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such weights file, expected .safetensors, .pth, .pt or .tar")
@@ -76,6 +83,22 @@ def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str) ->
     groups = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes}
     difference = "; ".join(f"{name} {_first(keys)}" for name, keys in groups.items() if keys)
     raise DataError(f"{source}: does not fit {type(model).__name__}: {difference}")
+
+
+def _file_of_package(weights: str) -> Path:
+    name = weights.removeprefix(PACKAGE)
+    # Of a dotted name the parent would be imported; of this one nothing is.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    folders = [Path(f) for f in (spec.submodule_search_locations or ())] if spec else []
+    if not folders:
+        raise DataError(
+            f"{weights}: expected the name of an installed package, as Python imports it"
+        )
+    found = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix in FILE_SUFFIXES]
+    if len(found) != 1:
+        names = _first([p.name for p in found]) or "none"
+        raise DataError(f"{weights}: expected one weights file in {folders[0]}, found {names}")
+    return found[0]
 
 
 def _read_torch(path: Path) -> Any:

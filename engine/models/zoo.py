@@ -21,7 +21,8 @@ def create_model(name: str, *, num_classes: int, weights: str | None = None) -> 
         name: "cifar:wrn_40_2", "imagenet:mobilenetv1", "torchvision:resnet34", "timm:resnet50"; a
             name without a family is looked up in the CIFAR zoo.
         num_classes: Number of classes.
-        weights: A file (.safetensors, .pth, .pt, .tar); for torchvision also a member of the
+        weights: A file (.safetensors, .pth, .pt, .tar), or "package:NAME" for the one in an
+            installed package; for torchvision also a member of the
             model's weights enum ("IMAGENET1K_V1", "ResNet34_Weights.DEFAULT"); for timm also
             "pretrained" or a pretrained tag. Absent: random initialisation.
 

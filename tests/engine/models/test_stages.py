@@ -40,6 +40,8 @@ EXTERNAL = [
     ("torchvision:mobilenet_v2", None, [24, 32, 96, 320], [False] * 4),
     ("torchvision:shufflenet_v2_x1_0", None, [116, 232, 464], [True] * 3),
     ("timm:resnet18", None, [64, 128, 256, 512], [True] * 4),
+    ("timm:tf_efficientnet_lite0", None, [24, 40, 112, 320], [False] * 4),
+    ("timm:mobilenetv2_050", None, [16, 16, 48, 160], [False] * 4),
     ("torchvision:resnet18", RESNET_LAYERS, [64, 128, 256, 512], [True] * 4),
     ("cifar:wrn_16_1", ("block1", "block2", "block3"), [16, 32, 64], [False] * 3),
     (
@@ -142,6 +144,7 @@ def test_post_relu_tells_where_outputs_are_negative(name: str) -> None:
         ("ShuffleV2", None),
         ("torchvision:resnet18", None),
         ("torchvision:resnet18", RESNET_LAYERS),
+        ("timm:tf_efficientnet_lite0", None),
     ],
 )
 def test_pieces_share_every_parameter_with_the_model(name: str, at: tuple[str, ...] | None) -> None:
