@@ -115,16 +115,21 @@ class Gate:
     """Lets the writes of a step pass only if its loss and its gradients are finite.
 
     Args:
-        buffers: What is written before anybody knows, or whatever the verdict: BatchNorm
-            statistics, and what an optimiser moves that does not skip a step by itself.
+        statistics: What the forward pass writes before anybody knows: buffers of BatchNorms.
         device: Where all of it lies; nothing is read back.
-        world: The processes that pass together. Each takes over the buffers of rank 0, as torch's
-            DistributedDataParallel has it, though after a step and not before the next: evaluation,
-            averages and checkpoints then find them equal everywhere.
+        world: The processes that pass together. Each takes over the statistics of rank 0, as
+            torch's DistributedDataParallel has it, though after a step and not before the next:
+            evaluation, averages and checkpoints then find them equal everywhere.
+        others: What is written whatever the verdict: all that an optimiser moves which does not
+            skip a step by itself.
     """
 
     def __init__(
-        self, buffers: Sequence[Tensor], device: torch.device, world: World = SINGLE
+        self,
+        statistics: Sequence[Tensor],
+        device: torch.device,
+        world: World = SINGLE,
+        others: Sequence[Tensor] = (),
     ) -> None:
         self.world = world
         self.is_open = torch.ones((), dtype=torch.bool, device=device)
@@ -132,14 +137,13 @@ class Gate:
         self.counts = torch.zeros(len(SkipCounts._fields), dtype=torch.int64, device=device)
         self.skipped = self.counts[0]
         self._on_the_way: tuple[torch.cuda.Event, Tensor] | None = None
-        self.groups: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in buffers:
-            self.groups.setdefault(buffer.dtype, []).append(buffer)
+        shared = _by_dtype(statistics)
+        self.groups, self.num_shared = [*shared, *_by_dtype(others)], len(shared)
 
     @torch.no_grad()
     def remember(self) -> list[Tensor]:
-        """The buffers as they are: one flat copy for each dtype."""
-        return [torch.cat([b.reshape(-1) for b in group]) for group in self.groups.values()]
+        """All of it as it is: one flat copy for each group of one dtype."""
+        return [torch.cat([b.reshape(-1) for b in group]) for group in self.groups]
 
     def judge(self, total: Tensor, norm: Tensor, scaled: bool) -> Tensor:
         """Whether the step may write, 0-d bool; counts it as skipped if not.
@@ -186,15 +190,24 @@ class Gate:
 
     @torch.no_grad()
     def settle(self, passes: Tensor, before: Sequence[Tensor]) -> None:
-        """Take the buffers back to `before` where the step does not pass."""
-        for group, old in zip(self.groups.values(), before, strict=True):
+        """Take everything back to `before` where the step does not pass."""
+        for i, (group, old) in enumerate(zip(self.groups, before, strict=True)):
             now = torch.cat([b.reshape(-1) for b in group])
-            kept = self.world.copy_from_main(torch.where(passes, now, old))
+            kept = torch.where(passes, now, old)
+            if i < self.num_shared:
+                self.world.copy_from_main(kept)
             parts = kept.split([b.numel() for b in group])
             # In the shape of each: a parameter may lie in memory channels last.
             torch._foreach_copy_(
                 group, [part.view(b.shape) for part, b in zip(parts, group, strict=True)]
             )
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
 
 
 class TrainStep:
@@ -237,10 +250,10 @@ class TrainStep:
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gated = list(method.trained_buffers())
+        moved: list[Tensor] = []
         if not skips_by_itself(self.optimizer):
-            gated += [*self.params, *optimizer_tensors(self.optimizer).values()]
-        self.gate = Gate(gated, device, world)
+            moved = [*self.params, *optimizer_tensors(self.optimizer).values()]
+        self.gate = Gate(method.trained_buffers(), device, world, moved)
         self.replicas = world.replicate(method)
         self.distillation: float | Tensor = 1.0
         self.is_proven = False

@@ -8,11 +8,14 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from dfptkd.engine import distributed
 from dfptkd.engine import train as train_module
 from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, StepConfig
@@ -230,12 +233,27 @@ def numbers(world):
     }
 
 
-SCENARIOS = {f.__name__: f for f in (steps, gate, compiled, evaluation, failure, numbers)}
+def hang(world):
+    """Rank 1 comes too late: rank 0 ends its wait with an error, and not never."""
+    distributed.TIMEOUT = timedelta(seconds=2)
+    started = time.monotonic()
+    try:
+        with world.connected(CPU):
+            if world.rank == 1:
+                time.sleep(4)
+            else:
+                world.exchange(None)
+    except RuntimeError as error:
+        return {"error": str(error), "seconds": time.monotonic() - started}
+    return None
+
+
+SCENARIOS = {f.__name__: f for f in (steps, gate, compiled, evaluation, failure, numbers, hang)}
 
 
 def run_scenarios(names, out):
     world = World.from_environment()
-    with world.connected(CPU):
+    with nullcontext() if "hang" in names else world.connected(CPU):
         for name in names:
             started = time.monotonic()
             found = SCENARIOS[name](world)

@@ -166,6 +166,13 @@ def test_what_processes_tell_each_other(two):
     assert first["draw"] != second["draw"]
 
 
+def test_a_process_that_does_not_come_is_not_waited_for_for_ever(tmp_path):
+    start_processes(2, ["hang", str(tmp_path)])
+    first, _ = (json.loads((tmp_path / f"hang-rank{r}.json").read_text()) for r in (0, 1))
+    assert "imed out" in first["error"], first
+    assert first["seconds"] < 4
+
+
 # Data ---------------------------------------------------------------------------------------------
 
 
