@@ -115,7 +115,9 @@ def test_recipe_trains_evaluates_and_resumes_on_photographs(
     train("parts", 2)
     said = capsys.readouterr().out
     assert "resumed from step 1 of 2" in said
-    states = [load_file(tmp_path / o / "checkpoints/step-2/state.safetensors") for o in ("whole", "parts")]
+    states = [
+        load_file(tmp_path / o / "checkpoints/step-2/state.safetensors") for o in ("whole", "parts")
+    ]
     assert states[0].keys() == states[1].keys()
     different = [
         name for name in states[0]
