@@ -13,8 +13,9 @@ resizes.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,19 +115,22 @@ class DaliSplit(Split):
             DataError: A file cannot be read or decoded.
         """
         rows, side = [row.cpu() for row in rows], side or self.side
-        by_pillow: set[int] = set()
+        by_pillow: dict[int, str] = {}  # step -> what went wrong without
         done = 0
         while done < len(rows):
             steps = range(done, len(rows))
             try:
                 for work in self._decoded(rows, steps, by_pillow, seed, epoch, workers, side):
                     done += 1
+                    if work.step in by_pillow:
+                        warnings.warn(by_pillow[work.step], stacklevel=2)
                     yield self._batch(work, seed, epoch)
             except _DecodeError as error:
+                message = self._failure(rows[error.step], error)
                 if error.step in by_pillow:
-                    raise DataError(self._failure(rows[error.step], error)) from error
-                # names the culprit if there is one, and is as good as DALI if there is none
-                by_pillow.add(error.step)
+                    raise DataError(message) from error
+                # Pillow names the culprit if there is one, and is as good as DALI if there is none.
+                by_pillow[error.step] = message
 
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
@@ -142,7 +146,7 @@ class DaliSplit(Split):
         self,
         rows: Sequence[Tensor],
         steps: Sequence[int],
-        by_pillow: set[int],
+        by_pillow: Container[int],
         seed: int,
         epoch: int,
         workers: int,
