@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# GPU checks and measurements of one part: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data
+# GPU checks and measurements of one part:
+# bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data|optim
 #
 # Needs an NVIDIA GPU, PyTorch >= 2.11 and Triton >= 3.6; no network, no install, no tyro. Stays
 # within 9 minutes. Correctness first; a short table last; rows for bench/results.csv and the full
@@ -107,8 +108,35 @@ data)
       --out "$out/results.csv") 2>&1 | tee "$out/data-bench-$workers.txt" | tail -n 12
   done
   ;;
+# Optimizers. APEX_SOURCE: a checkout of github.com/NVIDIA/apex whose CUDA extension amp_C is built
+# first (needs nvcc); without it apex is measured where it is installed already.
+optim)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
+  if [ -n "${APEX_SOURCE:-}" ]; then
+    cp -r "$APEX_SOURCE" "$path/apex-source"
+    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c \
+      "import torch; print('%d.%d' % torch.cuda.get_device_capability())")}
+    (cd "$path/apex-source" && timeout 300 "$python" - << 'EOF'
+# amp_C alone, with the sources and flags that apex's setup.py gives it: all of apex takes longer.
+import pathlib
+import torch
+from torch.utils.cpp_extension import load
+text = pathlib.Path("setup.py").read_text()
+names = text.partition('name="amp_C"')[2].partition("]")[0].split('"')
+sources = [name for name in names if name.startswith("csrc/")]
+load("amp_C", sources, extra_cflags=["-O3"], build_directory="..", verbose=True,
+     extra_cuda_cflags=["-lineinfo", "-O3", "--use_fast_math"], extra_include_paths=["csrc"])
+EOF
+    ) > "$out/optim-build.txt" 2>&1 || { tail -n 20 "$out/optim-build.txt"; exit 1; }
+    ln -s "$path/apex-source/apex" "$path/apex"
+  fi
+  (cd "$path" && timeout 120 "$python" -m pytest -q --import-mode=importlib -p no:cacheprovider \
+    -rs "$root/tests/engine/test_apex_gpu.py") 2>&1 | tee "$out/optim-tests.txt" | tail -n 15
+  (cd "$path" && timeout 120 "$python" -m dfptkd.bench.optim --device cuda --rounds 100 \
+    --out "$out/results.csv") 2>&1 | tee "$out/optim-bench.txt" | tail -n 30
+  ;;
 *)
-  echo "usage: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data" >&2
+  echo "usage: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data|optim" >&2
   exit 2
   ;;
 esac

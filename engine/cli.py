@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig, from_dict
-from .errors import DataError, DfptkdError, StorageError, UsageError
+from .errors import DataError, DfptkdError, Stopped, StorageError, UsageError
 from .log import complain
 
 VERBS = {
@@ -34,7 +35,7 @@ VERBS = {
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
     "verify-data": "find images that cannot be decoded: dfptkd verify-data DIR [--out FILE]",
-    "bench": "measurements side by side: dfptkd bench kernels|step|data|overhead [--rounds N]",
+    "bench": "measurements side by side: dfptkd bench kernels|step|data|overhead|optim [options]",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except DfptkdError as error:
+        if isinstance(error, Stopped):
+            # torchrun ends its workers when one has left; those that have saved leave by themselves
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not error.is_echo:  # else the process that raised it says it
             complain(str(error))
         return error.exit_code
@@ -400,6 +404,7 @@ def _eval(args: list[str]) -> int:
     print(
         f"{result.model}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on "
         f"{result.images:,} test images of {result.data}"
+        + (f" (without {result.skipped} in quarantine)" if result.skipped else "")
     )
     if result.logged is not None:
         print(f"logged by the run at this step: {result.logged:.2f} %")
@@ -483,7 +488,7 @@ def _profile(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    parts = ("kernels", "step", "data", "overhead")
+    parts = ("kernels", "step", "data", "overhead", "optim")
     if not args or args[0] not in parts:
         raise UsageError(f"bench: expected what to measure, one of: {' '.join(parts)}")
     package = __package__.rpartition(".")[0]

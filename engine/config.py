@@ -250,16 +250,29 @@ class LossConfig:
 class OptimConfig:
     """Optimiser and schedule; learning rates refer to the global batch."""
 
-    name: Literal["sgd"] = "sgd"
-    """Optimiser."""
+    name: Literal["sgd", "adamw", "apex-sgd", "apex-lamb"] = "sgd"
+    """sgd, adamw: torch's fused ones; apex-sgd, apex-lamb: those of NVIDIA apex, where its CUDA
+    extension has been built."""
     lr: float = 0.05
-    """Learning rate of the student at `global_batch`."""
+    """Learning rate of the student; see `lr_batch`."""
+    lr_batch: int | None = None
+    """The learning rates are for a batch of this many images: the run's are lr * global_batch /
+    lr_batch. Absent: they are used as they stand."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """sgd, apex-sgd: momentum."""
     nesterov: bool = False
-    """Nesterov momentum."""
+    """sgd, apex-sgd: Nesterov momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """adamw, apex-lamb: decay of the running averages of the gradient and of its square."""
+    eps: float = 1e-8
+    """adamw, apex-lamb: added to the root of the averaged square."""
     weight_decay: float = 5e-4
-    """L2 penalty on every trained parameter."""
+    """sgd, apex-sgd: L2 penalty, part of the gradient. adamw: decoupled, takes lr * weight_decay of
+    a parameter off it in every step. apex-lamb: decoupled too, but part of the update whose length
+    is then scaled to the parameter's."""
+    decay_norm_and_bias: bool = True
+    """Off: no weight decay on parameters of one dimension, the scales and shifts of normalisations
+    and the biases of convolutions and linear layers."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """step: times `gamma` after each milestone."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
@@ -281,6 +294,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a learning rate above 0")
+        _require(
+            self.lr_batch is None or self.lr_batch >= 1,
+            "optim.lr_batch", self.lr_batch, "a positive number of images",
+        )  # fmt: skip
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optim.betas", self.betas, "two numbers in [0, 1)",
+        )  # fmt: skip
+        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
         _require(
             not self.nesterov or self.momentum > 0,
@@ -411,7 +433,14 @@ class RunConfig:
                 self.method,
                 "method 'dfpt'",
             )
-
+        if self.loss.update == "alternating":
+            # Its kernel takes no group without gradients, and every other step rests one.
+            _require(
+                self.optim.name != "apex-lamb",
+                "optim.name with loss.update='alternating'",
+                self.optim.name,
+                "sgd, adamw or apex-sgd",
+            )
         if self.step.joint_paths:
             _require(
                 self.method == "dfpt" and self.has_prompt_path and self.prompt.bn_mode != "train",

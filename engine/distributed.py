@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -23,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import DfptkdError, UsageError
+from .errors import DfptkdError, Stopped, UsageError
 from .preemption import StopRequest
 
 # How long a process waits for the others in one collective: longer than a checkpoint takes to
@@ -84,7 +85,12 @@ class World:
             return
         self._connect(device)
         try:
-            yield
+            try:
+                yield
+            except Stopped:
+                self.exchange(None)
+                raise
+            self.exchange(None)  # a launcher ends the others when one leaves: none before all can
         finally:  # after a failure too: the others then fail at once and do not wait
             self.control = None
             dist.destroy_process_group()
@@ -240,6 +246,8 @@ class World:
         # Compiled regions stay those of one process: torch would cut them at its buckets' edges.
         # Each region's gradients travel while those of the regions before it are computed.
         torch._dynamo.config.optimize_ddp = False
+        # Of a 1x1 kernel row-major and channels_last are one layout under two names.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
         return DistributedDataParallel(method, gradient_as_bucket_view=True)
 
     def seed_of_rank(self, seed: int, step: int) -> int:

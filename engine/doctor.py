@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import backend, build_native, normalize_images
+from .apex_optimizers import BUILD
 from .errors import DfptkdError, StorageError, UsageError
 
 
@@ -138,7 +139,7 @@ def _apex() -> Finding:
         state = (
             "without amp_C: another project (PyPI's apex is not NVIDIA's) or a build without CUDA"
         )
-    return Finding("apex", state, False, "torch's own fused optimizers are used; nothing is lost")
+    return Finding("apex", state, False, f"no --optim.name apex-sgd, apex-lamb (build it: {BUILD})")
 
 
 def _native() -> Finding:

@@ -25,6 +25,8 @@ class EvalResult:
     images: int
     top1: float
     top5: float
+    skipped: int
+    """Test images that were left out, as they are in quarantine."""
     logged: float | None
     """top-1 that the run logged at this step, if it evaluated there."""
 
@@ -62,5 +64,11 @@ def evaluate_checkpoint(
     model = source.model().to(device=where, memory_format=torch.channels_last)  # type: ignore
     accuracy = evaluate(model, data, batch_size=batch_size, workers=config.data.workers)
     return EvalResult(
-        config.student, data.name, len(data.test), accuracy["top1"], accuracy["top5"], source.top1
+        config.student,
+        data.name,
+        len(data.test),
+        accuracy["top1"],
+        accuracy["top5"],
+        data.skipped_test,
+        source.top1,
     )

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import load_checkpoint
 from .errors import DataError, NumericError, UsageError
-from .files import write_atomically
+from .files import read_tensors, write_atomically
 from .models import create_model
 from .records import RunRecord, read_run
 
@@ -133,14 +134,14 @@ def read_source(folder: Path) -> Source:
     checkpoint = folder / "state.safetensors"
     if checkpoint.is_file():
         record = read_run(folder.resolve().parents[1])
-        state = _read_tensors(checkpoint)
+        state = load_checkpoint(folder).tensors  # verified: a flipped bit would not show
         prefix = "student."
         tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         top1 = _top1_at_step(record, folder.resolve().name)
         default_out = record.folder / "export" / folder.resolve().name
     elif finished := _finished_network(folder):
         record = read_run(folder)
-        tensors = _read_tensors(finished)
+        tensors = read_tensors(finished)
         top1 = record.last("student_top1")
         default_out = folder / "export"
     else:
@@ -237,16 +238,6 @@ def _finished_network(folder: Path) -> Path | None:
     """What a finished run has left: a student, or the teacher of train-teacher."""
     files = (folder / "student.safetensors", folder / "teacher.safetensors")
     return next((file for file in files if file.is_file()), None)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors: {error}") from None
 
 
 def _top1_at_step(record: RunRecord, step_folder: str) -> float | None:

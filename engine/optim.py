@@ -1,37 +1,133 @@
-"""Optimiser, learning-rate schedule and weight averaging, all torch's own."""
+"""Optimiser, learning-rate schedule and weight averaging: torch's own, or apex's."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .apex_optimizers import apex_lamb, apex_sgd, require_apex
 from .config import OptimConfig
 from .methods import Method
 
 
-def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD over the method's parameter groups (each with its own learning rate).
+def check_optimizer(config: OptimConfig, device: torch.device) -> None:
+    """Whether the optimiser can be had here.
 
-    Momentum starts as zeros, which gives the bits of torch's own first step, and not as absent:
-    a step that is skipped, the first one too, leaves it as it is.
+    Raises:
+        UsageError: It is apex's, and there is no CUDA device or no apex.
     """
-    optimizer = torch.optim.SGD(
-        method.parameter_groups(config),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    if config.momentum:
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    if config.name.startswith("apex-"):
+        require_apex(config.name, device)
+
+
+def graph_obstacle(config: OptimConfig) -> str | None:
+    """Why a CUDA graph cannot hold the optimiser's step, or None."""
+    if config.name == "apex-sgd":
+        return "apex's SGD takes its learning rate as a number, which a graph would freeze"
+    return None
+
+
+def build_optimizer(
+    method: Method, config: OptimConfig, global_batch: int
+) -> torch.optim.Optimizer:
+    """The optimiser over the method's parameter groups (each with its own learning rate).
+
+    Its state starts as zeros, which gives the bits of its own first step, and not as absent: a
+    step that is skipped, the first one too, leaves it as it is, and a checkpoint always holds the
+    same names.
+
+    Args:
+        method: Gives the groups.
+        config: Name and settings.
+        global_batch: Images in a step, for `lr_batch`.
+
+    Raises:
+        UsageError: As `check_optimizer`.
+    """
+    if config.lr_batch is not None:
+        rate = config.lr * global_batch / config.lr_batch
+        config = dataclasses.replace(config, lr=rate, lr_batch=None)
+    groups = method.parameter_groups(config)
+    if not config.decay_norm_and_bias:
+        groups = [part for group in groups for part in _without_decay(group)]
+    for group in groups:
+        group["initial_lr"] = group["lr"]  # a number, though an optimiser may make tensors of rates
+    check_optimizer(config, groups[0]["params"][0].device)
+    optimizer = _make(groups, config)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state[param].update(_first_state(param, config))
     return optimizer
+
+
+def _make(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    rates: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name in ("adamw", "apex-lamb"):
+        rates |= {"betas": config.betas, "eps": config.eps}
+    else:
+        rates |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    match config.name:
+        case "apex-sgd":
+            return apex_sgd(groups, **rates)
+        case "apex-lamb":
+            return apex_lamb(groups, **rates)
+        case "adamw":
+            return torch.optim.AdamW(groups, fused=True, **rates)
+        case _:
+            return torch.optim.SGD(groups, fused=True, **rates)
+
+
+def _first_state(param: Tensor, config: OptimConfig) -> dict[str, Tensor]:
+    """What the optimiser keeps of one parameter, before the first step.
+
+    Buffers take the memory format of their parameter: the fused kernels walk both linearly.
+    """
+    if config.name in ("adamw", "apex-lamb"):
+        state = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+        if config.name == "adamw":  # LAMB counts the steps of a group, not of a parameter
+            state["step"] = torch.zeros((), device=param.device)
+        return state
+    if config.momentum or config.name == "apex-sgd":  # which makes it in any case
+        return {"momentum_buffer": torch.zeros_like(param)}
+    return {}
+
+
+def _without_decay(group: dict) -> list[dict]:
+    """A group in two of the same name, the second one without weight decay; no empty one."""
+    wide = [p for p in group["params"] if p.dim() > 1]
+    narrow = [p for p in group["params"] if p.dim() <= 1]
+    parts = [{**group, "params": wide}, {**group, "params": narrow, "weight_decay": 0.0}]
+    return [part for part in parts if part["params"]]
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer.found_inf` keeps a step from changing anything: torch's own mark of it."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def rates_to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Learning rates as tensors, so that every replay of a graph reads them anew."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        if "capturable" in group:  # AdamW asks for it; its fused kernels always are
+            group["capturable"] = True
+    # It would warn of the steps that warm up, which are not captured.
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+
+
+def rates_to_numbers(optimizer: torch.optim.Optimizer) -> None:
+    """Inverse of `rates_to_device`, for steps without a graph."""
+    for group in optimizer.param_groups:
+        if not getattr(optimizer, "takes_tensor_rate", False):
+            group["lr"] = float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = False
 
 
 def lr_factor(

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..kernels import use_backend
+from .checkpoint import optimizer_tensors
 from .config import RunConfig
 from .data import Batch, ImageData
 from .distributed import SINGLE, World, accumulating
@@ -31,7 +32,18 @@ from .methods import Method, StepOutput
 from .metrics import EpochMeter, normaliser
 from .models.parts import Remembered
 from .models.weights import first_line
-from .optim import build_ema, build_optimizer, build_schedule, learning_rates, update_ema
+from .optim import (
+    build_ema,
+    build_optimizer,
+    build_schedule,
+    check_optimizer,
+    graph_obstacle,
+    learning_rates,
+    rates_to_device,
+    rates_to_numbers,
+    skips_by_itself,
+    update_ema,
+)
 from .spans import span
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,10 +54,12 @@ def choose_mode(config: RunConfig, device: torch.device, processes: int = 1) -> 
     """The execution mode of a run of `processes` processes, and why.
 
     Raises:
-        UsageError: A mode is asked for, or synchronised BatchNorms, where they cannot be.
+        UsageError: A mode is asked for, synchronised BatchNorms, or an optimiser, where they cannot
+            be.
     """
+    check_optimizer(config.optim, device)
     asked = config.step.mode
-    obstacle = None
+    obstacle = graph_obstacle(config.optim)
     if config.step.sync_bn and device.type != "cuda":
         raise UsageError(f"step.sync_bn=True on {device.type}: expected --device cuda")
     if config.step.sync_bn and processes > 1:
@@ -63,6 +77,8 @@ def choose_mode(config: RunConfig, device: torch.device, processes: int = 1) -> 
         obstacle = "fp16's gradient scaling is not captured yet"
     elif config.loss.update == "alternating":
         obstacle = "alternating updates are two different steps"
+    elif config.data.start_size is not None:
+        obstacle = "progressive resizing changes the images' size"
     if asked == "graph" and obstacle is not None:
         raise UsageError(f"step.mode='graph': expected eager, compile or auto: {obstacle}")
     if asked != "auto":
@@ -85,7 +101,8 @@ class Gate:
     """Lets the writes of a step pass only if its loss and its gradients are finite.
 
     Args:
-        buffers: What the forward pass writes before anybody knows: BatchNorm statistics.
+        buffers: What is written before anybody knows, or whatever the verdict: BatchNorm
+            statistics, and what an optimiser moves that does not skip a step by itself.
         device: Where all of it lies; nothing is read back.
         world: The processes that pass together. Each takes over the buffers of rank 0, as torch's
             DistributedDataParallel has it, though after a step and not before the next: evaluation,
@@ -102,6 +119,7 @@ class Gate:
         for buffer in buffers:
             self.groups.setdefault(buffer.dtype, []).append(buffer)
 
+    @torch.no_grad()
     def remember(self) -> list[Tensor]:
         """The buffers as they are: one flat copy for each dtype."""
         return [torch.cat([b.reshape(-1) for b in group]) for group in self.groups.values()]
@@ -122,13 +140,17 @@ class Gate:
         self.skipped += self.is_open & ~(finite if scaled else passes)
         return passes & self.is_open
 
+    @torch.no_grad()
     def settle(self, passes: Tensor, before: Sequence[Tensor]) -> None:
         """Take the buffers back to `before` where the step does not pass."""
         for group, old in zip(self.groups.values(), before, strict=True):
             now = torch.cat([b.reshape(-1) for b in group])
             kept = self.world.copy_from_main(torch.where(passes, now, old))
             parts = kept.split([b.numel() for b in group])
-            torch._foreach_copy_([b.view(-1) for b in group], list(parts))
+            # In the shape of each: a parameter may lie in memory channels last.
+            torch._foreach_copy_(
+                group, [part.view(b.shape) for part, b in zip(parts, group, strict=True)]
+            )
 
 
 class TrainStep:
@@ -161,7 +183,7 @@ class TrainStep:
         self.method, self.config, self.device, self.world = method, config, device, world
         self.mode, self.mode_reason = choose_mode(config, device, world.size)
         self.precision = compute_precision(config, device)
-        self.optimizer = build_optimizer(method, config.optim)
+        self.optimizer = build_optimizer(method, config.optim, config.global_batch)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps, steps_per_epoch)
         self.ema = build_ema(method.student, config.optim.ema_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -171,7 +193,10 @@ class TrainStep:
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.gate = Gate(method.trained_buffers(), device, world)
+        gated = list(method.trained_buffers())
+        if not skips_by_itself(self.optimizer):
+            gated += [*self.params, *optimizer_tensors(self.optimizer).values()]
+        self.gate = Gate(gated, device, world)
         self.replicas = world.replicate(method)
         self.distillation: float | Tensor = 1.0
         self.is_proven = False
@@ -273,8 +298,7 @@ class TrainStep:
         self.fallback = f"steps by {self.mode} failed, eager does them: {reason}"
         self.mode, self.graph = "eager", None
         self.method.compile_regions(disable=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = float(group["lr"])
+        rates_to_numbers(self.optimizer)
 
     def body(self, batch: Batch, step: int) -> None:
         """All of a step that runs on the device."""
@@ -321,7 +345,8 @@ class TrainStep:
         passes = self.gate.judge(total, norm, self.scaler.is_enabled())
         if self.config.optim.clip_grad_norm is not None:
             clip_grads_with_norm_(moving, self.config.optim.clip_grad_norm, norm)
-        # What torch's own gradient scaling sets: a fused optimiser then leaves everything alone.
+        # What torch's own gradient scaling sets: a fused optimiser then leaves everything alone;
+        # parameters and state of any other are put back by the gate.
         self.optimizer.found_inf = (~passes).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
@@ -402,8 +427,7 @@ class TrainStep:
     def _capture(self, batch: Batch) -> None:
         """Make the graph, on inputs of its own; the gate is shut, so that nothing moves."""
         self.inputs = batch.clone()
-        for group in self.optimizer.param_groups:  # read anew by every replay
-            group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+        rates_to_device(self.optimizer, self.device)
         random = torch.cuda.get_rng_state(self.device)
         here = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)

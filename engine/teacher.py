@@ -16,8 +16,12 @@ WEIGHTS_FILE = "teacher.safetensors"
 
 
 def teacher_run(config: RunConfig) -> RunConfig:
-    """The run that trains this recipe's teacher: labels only, all training images."""
+    """The run that trains this recipe's teacher: labels only, all training images.
+
+    `teacher.lr` is for `teacher.global_batch`: where rates follow the batch, from there on.
+    """
     teacher = config.teacher
+    lr_batch = None if config.optim.lr_batch is None else teacher.global_batch
     return dataclasses.replace(
         config,
         role="teacher",
@@ -34,7 +38,7 @@ def teacher_run(config: RunConfig) -> RunConfig:
         resume="auto",
         data=dataclasses.replace(config.data, train_limit=None),
         loss=dataclasses.replace(config.loss, mixture_control=False),
-        optim=dataclasses.replace(config.optim, lr=teacher.lr),
+        optim=dataclasses.replace(config.optim, lr=teacher.lr, lr_batch=lr_batch),
     )
 
 

@@ -9,13 +9,13 @@ there each graph computes the teacher for itself.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
-from .data import Batch, Split, steps_per_epoch, train_batches
+from .data import Batch, Split, num_replaced, steps_per_epoch, train_batches
 
 Result = TypeVar("Result")
 
@@ -31,8 +31,9 @@ class SharedBatches:
         seed: int,
         workers: int,
         shard: tuple[int, int] = (0, 1),
+        side_of: Callable[[int], int | None] = lambda epoch: None,
     ) -> None:
-        self.split, self.seed = split, seed
+        self.split, self.seed, self.side_of = split, seed, side_of
         self.options: dict[str, Any] = {
             "batch_size": batch_size,
             "workers": workers,
@@ -48,11 +49,23 @@ class SharedBatches:
         for step in range(start_step, self.steps):
             yield self._get(epoch, step)
 
+    def num_replaced(self, epoch: int, start: int, stop: int) -> int:
+        """Images of these steps of an epoch that stand in for one in quarantine."""
+        size = self.options["batch_size"]
+        return num_replaced(
+            self.split, batch_size=size, seed=self.seed, epoch=epoch, start=start, stop=stop
+        )
+
     def _get(self, epoch: int, step: int) -> Batch:
         if self._made != (epoch, step):
             if self._next != (epoch, step):
                 self._batches = train_batches(
-                    self.split, seed=self.seed, epoch=epoch, start_step=step, **self.options
+                    self.split,
+                    seed=self.seed,
+                    epoch=epoch,
+                    start_step=step,
+                    side=self.side_of(epoch),
+                    **self.options,
                 )
             self._batch = next(self._batches)
             self._made, self._next = (epoch, step), (epoch, step + 1)

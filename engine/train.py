@@ -37,6 +37,7 @@ from .checkpoint import (
 )
 from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
+from .data.crops import side_of_epoch
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .files import write_atomically
@@ -55,7 +56,9 @@ from .together import RandomState, SharedBatches, take_turns
 # What may differ between a checkpoint and the run that goes on from it.
 MAY_CHANGE = {
     "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume",
-    "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "teacher.weights",
+    "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "data.loader",
+    "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
+    "teacher.weights",
     "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
     "teacher.global_batch", "step.mode", "step.joint_paths", "step.max_skips",
 }  # fmt: skip
@@ -86,6 +89,8 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
+    replaced: int = 0
+    """Training images so far that stood in for one in quarantine."""
     prompt_top1: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -319,6 +324,7 @@ class Trainer:
             seed=config.seed if config.data.order_seed is None else config.data.order_seed,
             workers=config.data.workers,
             shard=world.shard,
+            side_of=self.side_of,
         )
         self.step = TrainStep(
             method,
@@ -391,6 +397,9 @@ class Trainer:
             f"{self.processes()}{self.step.precision}, steps by {self.step.mode} "
             f"({self.step.mode_reason})"
         )
+        for note in self.data.notes:
+            record["warnings"].append(note)
+            log.warn("quarantine", note, self.progress.step)
         if config.step.sync_bn and self.world.size == 1:
             log.warn("sync_bn", "step.sync_bn does nothing in a single process")
         if self.progress.step:
@@ -475,6 +484,8 @@ class Trainer:
         self.step.meter.num_images()  # waits for the device
         seconds = time.monotonic() - started
         progress.seconds += seconds
+        done = done_in_epoch + progress.step - first
+        progress.replaced += self.batches.num_replaced(epoch, done_in_epoch, done)
         progress.speeds.append((progress.step - first) * config.global_batch / seconds)
 
     def certify(self, batch: Batch) -> None:
@@ -537,6 +548,8 @@ class Trainer:
             for path in ("student", "ema", "prompt", "teacher")
             if f"test/{path}_top1" in row
         ]
+        if self.data.skipped_test:
+            parts.append(f"(without {self.data.skipped_test} test images in quarantine)")
         left = (self.end_step - self.progress.step) * self.config.global_batch
         speed = row["images_per_second"]
         return "  ".join([*parts, f"{speed:,.0f} images/s", f"{clock(left / speed)} left"])
@@ -591,6 +604,13 @@ class Trainer:
         """Of the student, in the step just done."""
         return learning_rates(self.step.schedule, max(self.progress.step - 1, 0))[0]
 
+    def side_of(self, epoch: int) -> int | None:
+        """Of the training images of an epoch, in pixels; None: as the data has it."""
+        data = self.config.data
+        if data.start_size is None:
+            return None
+        return side_of_epoch(epoch, self.config.epochs, data.start_size, data.ramp, data.image_size)
+
     def columns(self) -> list[str]:
         """Columns of metrics.csv for this method."""
         paths = ["student"]
@@ -624,6 +644,7 @@ class Trainer:
             last=progress.last,
             best=progress.best,
             seconds=progress.seconds,
+            replaced_images=progress.replaced,
             images_per_second=statistics.median(progress.speeds) if progress.speeds else None,
         )
 
@@ -677,6 +698,7 @@ class Trainer:
             "name": self.data.name,
             "num_classes": self.data.num_classes,
             "train_images": len(self.data.train),
+            **self.data.pipeline,
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -687,11 +709,14 @@ class Trainer:
         """
         tensors, state, step = checkpoint.tensors, checkpoint.state, self.step
         for name, ours in (("data", self.data_identity()), ("teacher_sha256", self.teacher_sha256)):
-            if state.get(name) != ours:
-                raise DataError(
-                    f"{checkpoint.path}: made with {name}={state.get(name)}, this run has {ours}: "
-                    "choose another --out"
-                )
+            there = _flat({name: state.get(name)})
+            here = _flat({name: ours})
+            for key in sorted(there.keys() | here.keys()):
+                if there.get(key) != here.get(key):
+                    raise DataError(
+                        f"{checkpoint.path}: made with {key}={there.get(key)}, this run has "
+                        f"{here.get(key)}: expected the same, or another --out"
+                    )
         own = {k: v for k, v in tensors.items() if k.startswith(("student.", "prompt."))}
         try:
             self.method.load_trained_state(own)

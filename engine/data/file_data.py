@@ -63,12 +63,19 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
     train = _limited(found.train, train_limit)
     listed = quarantine.among(train)
     check_share(listed, config.max_quarantined, path)
-    test, notes = _sound_test_images(_limited(found.test, test_limit), quarantine.images, config)
+    wanted = _limited(found.test, test_limit)
+    test = _sound_test_images(wanted, quarantine.images, config)
+    skipped = len(wanted) - len(test)
+    notes = []
     if listed.any():
-        notes.insert(
-            0, f"{int(listed.sum())} of {len(train)} training images are in quarantine ({path}): "
-            "others of their class take their places",
-        )  # fmt: skip
+        notes.append(
+            f"{int(listed.sum())} of {len(train)} training images are in quarantine ({path}): "
+            "others of their class take their places"
+        )
+    if skipped:
+        notes.append(
+            f"evaluated without {skipped} of {len(wanted)} test images, which are in quarantine"
+        )
     splits = {}
     for name, files in (("train", train), ("test", test)):
         splits[name] = _split(loader, files, config, device, training=name == "train")
@@ -90,6 +97,7 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
             "quarantined": int(listed.sum()),
         },
         notes=notes,
+        skipped_test=skipped,
     )
 
 
@@ -230,17 +238,15 @@ def _limited(files: ImageFiles, limit: int | None) -> ImageFiles:
     return files.take(spread_over_classes(files.labels, limit))
 
 
-def _sound_test_images(
-    files: ImageFiles, listed: dict[str, str], config: DataConfig
-) -> tuple[ImageFiles, list[str]]:
-    """The test images that can be evaluated, and what to say of the others.
+def _sound_test_images(files: ImageFiles, listed: dict[str, str], config: DataConfig) -> ImageFiles:
+    """The test images that can be evaluated.
 
     Raises:
         DataError: Some are in quarantine, and nobody said to skip them.
     """
     bad = [sample for sample in range(len(files)) if files.name(sample) in listed] if listed else []
     if not bad:
-        return files, []
+        return files
     if not config.skip_quarantined:
         raise DataError(
             f"{files.where(bad[0])}: {len(bad)} of {len(files)} test images are in quarantine "
@@ -249,5 +255,4 @@ def _sound_test_images(
         )
     sound = torch.ones(len(files), dtype=torch.bool)
     sound[bad] = False
-    note = f"evaluated without {len(bad)} of {len(files)} test images, which are in quarantine"
-    return files.take(sound.nonzero()[:, 0]), [note]
+    return files.take(sound.nonzero()[:, 0])

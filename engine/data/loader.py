@@ -92,12 +92,14 @@ def train_batches(
     yield from split.stream(rows, seed=seed, epoch=epoch, workers=workers, side=side)
 
 
-def num_replaced(split: Split, *, batch_size: int, seed: int, epoch: int, steps: int) -> int:
-    """Images of the first `steps` steps of an epoch that stand in for one in quarantine."""
+def num_replaced(
+    split: Split, *, batch_size: int, seed: int, epoch: int, start: int, stop: int
+) -> int:
+    """Images of the steps `start` to `stop` of an epoch that stand in for one in quarantine."""
     if split.listed is None:
         return 0
     order = epoch_order(seed, epoch, len(split))
-    return int(split.listed[order[: steps * batch_size]].sum())
+    return int(split.listed[order[start * batch_size : stop * batch_size]].sum())
 
 
 def test_batches(

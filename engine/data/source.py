@@ -181,6 +181,8 @@ class ImageData:
     """What samples and pixels depend on: the same in a run that goes on."""
     notes: list[str] = field(default_factory=list)
     """What a user must be told of the data, one line each."""
+    skipped_test: int = 0
+    """Test images that are left out, as they are in quarantine."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..files import first_line, read_tensors
 
 SHOWN_KEYS = 3
 
@@ -26,7 +27,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DataError(f"{path}: no such weights file, expected .safetensors, .pth, .pt or .tar")
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        state = read_tensors(path)
     else:
         state = _find_state_dict(_read_torch(path), path)
     if all(key.startswith("module.") for key in state):
@@ -75,22 +76,6 @@ def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str) ->
     groups = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes}
     difference = "; ".join(f"{name} {_first(keys)}" for name, keys in groups.items() if keys)
     raise DataError(f"{source}: does not fit {type(model).__name__}: {difference}")
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(":. ") if lines else type(error).__name__
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: damaged safetensors file ({first_line(error)})") from error
 
 
 def _read_torch(path: Path) -> Any:

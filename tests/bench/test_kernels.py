@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfptkd.bench import kernels as bench
-from dfptkd.bench import overhead
+from dfptkd.bench import optim, overhead
 from dfptkd.bench.measure import Row, append_rows
 from dfptkd.engine.cli import main
 from dfptkd.engine.config import PromptConfig
@@ -162,3 +162,40 @@ def test_overhead_shares_are_those_of_the_cost_tables():
     kept = [side.path_kept for side in found.sides.values()]
     assert kept[1] < 0.6 * kept[0]
     assert all(side.pairs_kept < side.path_kept for side in found.sides.values())
+
+
+def test_an_update_is_measured_by_every_optimiser_that_is_there(tmp_path, capsys):
+    out = tmp_path / "results.csv"
+    options = ["--device", "cpu", "--rounds", "3", "--model", "cifar:resnet8", "--out", str(out)]
+    assert main(["bench", "optim", *options]) == 0
+    with open(out, newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"sgd", "adamw", "sgd[foreach]", "adamw[foreach]"}
+    numel = int(rows["sgd"]["shape"])
+    for name, row in rows.items():
+        assert (row["kernel"], row["passes"], row["n"]) == ("optim:cifar:resnet8", "update", "3")
+        moved = (5 if name.startswith("sgd") else 7) * 4 * numel
+        expected = moved / float(row["median_us"]) / 1e3
+        assert float(row["gb_per_s"]) == pytest.approx(expected, abs=0.01)
+    assert "apex-lamb" in capsys.readouterr().out  # and why it is not there
+
+
+def test_every_side_of_the_optimiser_bench_moves_the_same_network():
+    optimizers = optim.variants("cifar:resnet8", CPU)
+    before = {name: [p.detach().clone() for p in _params(o)] for name, o in optimizers.items()}
+    assert all(
+        torch.equal(a, b) for v in before.values() for a, b in zip(v, before["sgd"], strict=True)
+    )
+    for optimizer in optimizers.values():
+        optimizer.step()
+    for name, optimizer in optimizers.items():
+        kind = name.partition("[")[0]
+        for ours, theirs, start in zip(
+            _params(optimizer), _params(optimizers[kind]), before[name], strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            assert not torch.equal(ours, start)
+
+
+def _params(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -51,10 +51,13 @@ REFUSED = {
         "limit": AT_LEAST_ONE,
         "train_limit": AT_LEAST_ONE,
         "image_size": AT_LEAST_ONE,
+        "start_size": (*AT_LEAST_ONE, 225),
+        "ramp": ((0.5, 0.4), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (NAN, 0.5), (0.5,)),
         "num_classes": (1, 0),
         "crop_padding": (-1,),
         "workers": (-1,),
         "order_seed": (-1,),
+        "max_quarantined": (-0.1, 1.1, NAN),
     },
     PromptConfig: {
         "r1": AT_LEAST_ONE,
@@ -78,6 +81,9 @@ REFUSED = {
     },
     OptimConfig: {
         "lr": POSITIVE,
+        "lr_batch": AT_LEAST_ONE,
+        "betas": ((0.9, 1.0), (-0.1, 0.9), (NAN, 0.9), (0.9,)),
+        "eps": POSITIVE,
         "momentum": SHARE,
         "weight_decay": NOT_NEGATIVE,
         "milestones": ((0.5, 0.4), (0.0,), (1.0,), (-0.5, 0.5), (NAN,)),
@@ -134,6 +140,8 @@ def test_M20_every_numeric_field_has_a_range():
         (PromptConfig, {"insert_stages": (3, 1)}),
         (LossConfig, {"student_ce": 0.0, "prompt_student": 0, "warmup_epochs": 0.5}),
         (OptimConfig, {"momentum": 0.0, "weight_decay": 0.0, "milestones": (), "gamma": 1.0}),
+        (OptimConfig, {"lr_batch": 1, "betas": (0.0, 0.0), "eps": 1e-16}),
+        (DataConfig, {"image_size": 64, "start_size": 64, "ramp": (0.0, 1.0)}),
         (DataConfig, {"limit": 1, "workers": 0, "num_classes": 2, "crop_padding": 0}),
         (RunConfig, {"global_batch": 12, "accumulate": 3, "seeds": (0,), "max_steps": 1}),
     ],
@@ -153,6 +161,8 @@ def test_M20_fields_that_contradict_each_other_are_refused():
             RunConfig(method=method, step=joint)
     with pytest.raises(UsageError, match=r"step\.joint_paths.*eval mode"):
         RunConfig(step=joint, prompt=PromptConfig(bn_mode="train"))
+    with pytest.raises(UsageError, match=r"optim\.name.*'alternating'.*'apex-lamb'.*adamw"):
+        RunConfig(loss=LossConfig(update="alternating"), optim=OptimConfig(name="apex-lamb"))
     with pytest.raises(UsageError, match=r"optim\.nesterov.*momentum"):
         OptimConfig(nesterov=True, momentum=0.0)
 

@@ -41,6 +41,7 @@ def test_apex_is_known_by_its_extension_not_by_its_name(monkeypatch):
     monkeypatch.setattr(doctor, "_has_module", lambda name: name == "apex")
     assert not doctor._apex().ok
     assert "another project" in doctor._apex().state
+    assert "APEX_CUDA_EXT=1 pip install" in doctor._apex().cost
     monkeypatch.setattr(doctor, "_has_module", lambda name: name == "amp_C")
     assert doctor._apex().ok
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfptkd.engine import export
+from dfptkd.engine.checkpoint import save_checkpoint
 from dfptkd.engine.errors import DataError, NumericError, UsageError
 from dfptkd.engine.export import export_student
 from dfptkd.engine.models import create_model
@@ -41,7 +42,7 @@ def run(tmp_path) -> Path:
     """A finished run with one checkpoint, whose state holds more than the student."""
     folder = tmp_path / "run"
     checkpoint = folder / "checkpoints" / "step-20"
-    checkpoint.mkdir(parents=True)
+    folder.mkdir()
     data = {"name": "synthetic", "num_classes": NUM_CLASSES, "image_size": [32, 32],
             "mean": MEAN, "std": STD, "class_names": list("abcdefg")}  # fmt: skip
     config = {
@@ -61,8 +62,14 @@ def run(tmp_path) -> Path:
     state = {name: t.contiguous() for name, t in trained_student().state_dict().items()}
     save_file(state, folder / "student.safetensors")
     full = {f"student.{name}": t for name, t in state.items()} | {"prompt.weight": torch.ones(3)}
-    save_file(full, checkpoint / "state.safetensors")
+    save(checkpoint.parent, full)
     return folder
+
+
+def save(checkpoints: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The checkpoint of step 20, of which only the tensors are looked at."""
+    state = {"step": 20, "progress": {}, "scaler": {}, "alarmed": False, "data": {}, "config": {}}
+    save_checkpoint(checkpoints, tensors, state, keep=2, is_best=False)
 
 
 def macs(model: torch.nn.Module) -> int:
@@ -172,13 +179,12 @@ def test_bad_sources_are_one_line(run, tmp_path):
     with pytest.raises(UsageError, match="'pickle'"):
         export_student(run, formats=("pickle",))
     (run / "student.safetensors").write_bytes(b"garbage")
-    with pytest.raises(DataError, match="cannot be read as safetensors"):
+    with pytest.raises(DataError, match="damaged safetensors file"):
         export_student(run)
     save_file({"fc.weight": torch.ones(2, 2)}, run / "student.safetensors")
     with pytest.raises(DataError, match=r"weights do not fit cifar:resnet8") as error:
         export_student(run)
     assert "\n" not in str(error.value)
-    (run / "checkpoints/step-20/state.safetensors").unlink()
-    save_file({"prompt.w": torch.ones(1)}, run / "checkpoints/step-20/state.safetensors")
+    save(run / "checkpoints", {"prompt.w": torch.ones(1)})
     with pytest.raises(DataError, match="holds no student"):
         export_student(run / "checkpoints" / "step-20")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dfptkd.engine import step as step_module
+from dfptkd.engine.checkpoint import optimizer_tensors
 from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, StepConfig
 from dfptkd.engine.data import load_data, train_batches
 from dfptkd.engine.errors import UsageError
@@ -271,9 +272,7 @@ def test_a_few_steps_lower_the_loss():
 def whole_state(step):
     """Everything that a step may write, by name."""
     found = dict(step.method.trained_state())
-    found |= {
-        f"momentum.{i}": s["momentum_buffer"] for i, s in enumerate(step.optimizer.state.values())
-    }
+    found |= optimizer_tensors(step.optimizer)
     found["meter"] = step.meter.sums
     if step.ema is not None:
         found |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
@@ -305,11 +304,39 @@ def spoil(step, monkeypatch, *, value=float("nan"), part="images"):
     monkeypatch.setattr(step.method, "losses", spoilt_loss)
 
 
+class Heedless(torch.optim.SGD):
+    """Steps whatever `found_inf` says, with state of both kinds: of a parameter and of a group."""
+
+    def __init__(self, method, optim, _):
+        super().__init__(method.parameter_groups(optim), lr=optim.lr, momentum=0.9, foreach=True)
+        for group in self.param_groups:
+            group["steps"] = torch.zeros((), dtype=torch.int64)
+            for param in group["params"]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+    def step(self):
+        del self.found_inf
+        super().step()
+        for group in self.param_groups:
+            group["steps"] += 1
+
+
 @pytest.mark.parametrize("part", ["images", "gradient", "loss"])
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("method", ["ce", "dfpt", "dfpt_plus"])
-def test_a_bad_step_changes_nothing(method, first, part, monkeypatch):
-    step = make_step(method, optim=dataclasses.replace(OPTIM, ema_decay=0.5), global_batch=8)
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("ce", "sgd"), ("dfpt", "sgd"), ("dfpt_plus", "sgd"), ("dfpt", "adamw"), ("dfpt", "heedless")],
+)
+def test_a_bad_step_changes_nothing(method, optimizer, first, part, monkeypatch):
+    optim = dataclasses.replace(OPTIM, ema_decay=0.5)
+    if optimizer == "heedless":
+        monkeypatch.setattr(step_module, "build_optimizer", Heedless)
+    else:
+        optim = dataclasses.replace(optim, name=optimizer)
+    step = make_step(method, optim=optim, global_batch=8)
+    for param in step.params:  # as a run has them
+        if param.dim() == 4:
+            param.data = param.data.contiguous(memory_format=torch.channels_last)
     good, bad, after = batches(count=3)
     if not first:
         step(good, 0)
@@ -325,6 +352,25 @@ def test_a_bad_step_changes_nothing(method, first, part, monkeypatch):
     assert step.gate.skipped == 1
     assert not same(before, whole_state(step))
     assert all(v.isfinite().all() for v in whole_state(step).values())
+
+
+def test_control_a_heedless_optimiser_that_is_taken_at_its_word_spoils_everything(monkeypatch):
+    monkeypatch.setattr(step_module, "build_optimizer", Heedless)
+    monkeypatch.setattr(step_module, "skips_by_itself", lambda _: True)
+    step = make_step("dfpt")
+    spoil(step, monkeypatch, part="gradient")
+    step(batches()[0], 0)
+    assert step.gate.skipped == 1
+    assert not whole_state(step)["student.fc.weight"].isfinite().all()
+
+
+def test_a_good_step_of_a_heedless_optimiser_is_its_own(monkeypatch):
+    monkeypatch.setattr(step_module, "build_optimizer", Heedless)
+    put_back = train(make_step("dfpt"), count=3)
+    monkeypatch.setattr(step_module, "skips_by_itself", lambda _: True)
+    plain = train(make_step("dfpt"), count=3)
+    assert same(whole_state(put_back), whole_state(plain))
+    assert whole_state(plain)["optimizer.group0.steps"] == 3
 
 
 def test_control_without_the_gate_a_bad_step_spoils_everything(monkeypatch):
@@ -394,6 +440,22 @@ def test_a_mode_that_cannot_be_is_refused_and_auto_says_why():
 def way(step, start):
     """How far every parameter is from where it started, as one vector."""
     return torch.cat([(p - s).detach().flatten() for p, s in zip(step.params, start, strict=True)])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("update", ["simultaneous", "alternating"])
+def test_groups_without_decay_rest_with_the_group_they_are_of(name, update):
+    """Every parameter of the student, its norms and biases too, moves in the same steps."""
+    optim = dataclasses.replace(OPTIM, name=name, decay_norm_and_bias=False)
+    step = make_step("dfpt", optim=optim, loss=LossConfig(update=update))
+    assert [g["name"] for g in step.optimizer.param_groups] == ["student"] * 2 + ["prompt"] * 2
+    student = {id(p) for p in step.method.student.parameters()}
+    for i, batch in enumerate(batches(count=2)):
+        before = [p.detach().clone() for p in step.params]
+        step(batch, i)
+        for p, b in zip(step.params, before, strict=True):
+            rests = update == "alternating" and (id(p) in student) != (i % 2 == 0)
+            assert torch.equal(p, b) == rests
 
 
 @pytest.mark.parametrize("method", ["kd", "dkd", "dfpt", "dfpt_plus"])

@@ -128,9 +128,9 @@ def test_a_batch_is_made_once_and_a_latecomer_gets_its_own(root):
     made = []
     original = data.train.batch
 
-    def counting(indices, *, seed, epoch):
+    def counting(indices, *, seed, epoch, side):
         made.append(epoch)
-        return original(indices, seed=seed, epoch=epoch)
+        return original(indices, seed=seed, epoch=epoch, side=side)
 
     data.train.batch = counting
     shared = together.SharedBatches(data.train, batch_size=8, seed=0, workers=0)

@@ -1,4 +1,4 @@
-"""Recipes on real photographs in the official layouts: two steps, an evaluation, a resume (M25, M26).
+"""Recipes on real photographs in official layouts: two steps, an evaluation, a resume (M25, M26).
 
 The networks are the recipes' own, the images small, so that a CPU does it in seconds.
 """
@@ -104,8 +104,8 @@ def test_recipe_trains_evaluates_and_resumes_on_photographs(
     )
     common = ["train", recipe, "--data.root", trees[data], "--data.loader", loader,
               "--data.image-size", SIDE, "--data.workers", 1, "--global-batch", 4,
-              "--eval-batch", 3, "--epochs", 2,
-              "--teacher.weights", teachers(teacher, 1000 if data == "imagenet" else 5)]  # fmt: skip
+              "--eval-batch", 3, "--epochs", 2, "--teacher.weights",
+              teachers(teacher, 1000 if data == "imagenet" else 5)]  # fmt: skip
 
     def train(out, steps):
         assert main([str(a) for a in [*common, "--out", tmp_path / out, "--max-steps", steps]]) == 0

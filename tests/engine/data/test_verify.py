@@ -1,5 +1,6 @@
 """verify-data finds every broken file and accuses no sound one; runs honour the list (fault 19)."""
 
+import dataclasses
 import json
 import os
 import tarfile
@@ -8,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from sample_images import broken_files, encoded, odd_files, picture, write_folder
 
+from dfptkd.engine import run
 from dfptkd.engine.cli import main
-from dfptkd.engine.config import DataConfig
+from dfptkd.engine.config import DataConfig, RunConfig
 from dfptkd.engine.data import load_data, test_batches, train_batches, verify
 from dfptkd.engine.data.loader import num_replaced
 from dfptkd.engine.data.quarantine import LIST_NAME, read_quarantine, replace_listed
@@ -125,7 +128,7 @@ def test_listed_images_are_replaced_alike_and_counted(tmp_path):
             assert not set(batch.indices.tolist()) & set(listed)
             assert torch.equal(batch.labels, batch.indices // 6)
             seen.append(batch.labels)
-        replaced += num_replaced(data.train, **options, steps=2)
+        replaced += num_replaced(data.train, **options, start=0, stop=2)
         # the images beside the replaced ones are those of the run without a list
         (tmp_path / LIST_NAME).rename(tmp_path / "away")
         plain = load(tmp_path).train
@@ -178,6 +181,34 @@ def test_a_class_without_a_sound_image_takes_any():
     assert found[1] == 3
     assert found[3] == 2
     assert not listed[found].any()
+
+
+def test_a_run_counts_replacements_and_resumes_exactly(tmp_path, capsys):
+    quarantined(tmp_path)
+    data = DataConfig(
+        name="folder", root=str(tmp_path), image_size=24, max_quarantined=0.5, workers=0,
+        loader="torchvision",
+    )  # fmt: skip
+    config = RunConfig(
+        method="ce", student="cifar:resnet8_s2", epochs=3, global_batch=4, eval_batch=4, data=data
+    )
+
+    def train(out, **options):
+        run(dataclasses.replace(config, out=str(tmp_path / out), **options))
+        folder = tmp_path / out
+        (newest,) = (folder / "checkpoints").glob("step-9") if not options else [None]
+        status = json.loads((folder / "status.json").read_text())
+        return status["replaced_images"], newest and load_file(newest / "state.safetensors")
+
+    counted, whole = train("whole")
+    assert counted > 0
+    assert "2 of 12 training images are in quarantine" in capsys.readouterr().out
+    part, _ = train("parts", max_steps=4)  # in the middle of the second epoch
+    assert 0 < part < counted
+    again, resumed = train("parts")
+    assert again == counted
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole if k != "meter")
 
 
 JSON = st.recursive(

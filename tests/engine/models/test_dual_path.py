@@ -69,7 +69,7 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def train(method: Method, steps: int = 3, optim: OptimConfig = OptimConfig()) -> list[Tensor]:
     """Optimisation steps on random images; the original path's logits of the probe after each."""
-    optimizer = build_optimizer(method, optim)
+    optimizer = build_optimizer(method, optim, 64)
     logits = []
     for step in range(steps):
         batch = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
