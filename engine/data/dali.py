@@ -97,7 +97,7 @@ class DaliSplit(Split):
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         """See `Split.batch`."""
-        (batch,) = self.stream([indices], seed=seed, epoch=epoch, workers=1, side=side)
+        (batch,) = self.stream([indices], seed=seed, epoch=epoch, side=side)
         return batch
 
     def stream(
@@ -109,7 +109,7 @@ class DaliSplit(Split):
         workers: int = 0,
         side: int | None = None,
     ) -> Iterator[Batch]:
-        """See `Split.stream`; `workers` are DALI's threads, at least one.
+        """See `Split.stream`; `workers` are DALI's threads, 0: as many as it has.
 
         Raises:
             DataError: A file cannot be read or decoded.
@@ -153,10 +153,12 @@ class DaliSplit(Split):
         side: int,
     ) -> Iterator[_Work]:
         """Finished batches of `steps`; several are under way at any time."""
-        decoder = self._borrow(max(workers, 1), max(len(rows[step]) for step in steps))
+        decoder = self._borrow(workers, max(len(rows[step]) for step in steps))
         left = iter(steps)
         reading: deque[Future[_Work]] = deque()
         resizing: deque[_Work] = deque()
+        # what DALI resized is on the stream of whoever asked for it, and goes to nobody else
+        ahead = 0 if decoder.resize else _RESIZE_AHEAD
         readers = ThreadPoolExecutor(_READERS, "dfptkd-read")
         resizers = ThreadPoolExecutor(max(workers, 1), "dfptkd-resize")
 
@@ -172,7 +174,7 @@ class DaliSplit(Split):
                 while reading and len(decoder.busy) < _DECODE_AHEAD:
                     decoder.feed(reading.popleft().result())
                     read_next()
-                if decoder.busy and len(resizing) <= _RESIZE_AHEAD:
+                if decoder.busy and len(resizing) <= ahead:
                     resizing.append(decoder.take(resizers))
                 elif resizing:
                     yield resizing.popleft().finished()
@@ -207,13 +209,13 @@ class DaliSplit(Split):
         return batch.to(self.device)
 
     def _borrow(self, threads: int, largest_batch: int) -> _Decoder:
+        """A decoder with so many threads; 0: any number."""
         while self._idle:
             decoder = self._idle.pop()
-            if decoder.threads == threads and decoder.largest_batch >= largest_batch:
+            if threads in (0, decoder.threads) and decoder.largest_batch >= largest_batch:
                 return decoder
-        return _Decoder(
-            threads, largest_batch, self.device, self.resize_in_dali, self.crops.cut_first
-        )
+        cut_first, in_dali = self.crops.cut_first, self.resize_in_dali
+        return _Decoder(max(threads, 1), largest_batch, self.device, in_dali, cut_first)
 
     def _failure(self, indices: Tensor, error: Exception) -> str:
         names = ", ".join(self.files.where(int(sample)) for sample in indices[:_NAMED])
@@ -253,8 +255,12 @@ class _Decoder:
 
     def feed(self, work: _Work) -> None:
         """Start with a batch; at most `_DECODE_AHEAD` are under way."""
-        self._put(work)
-        self.pipeline.schedule_run()
+        try:
+            self._put(work)
+            self.pipeline.schedule_run()
+        except Exception as error:
+            self.sound = False
+            raise _DecodeError(work.step, str(error)) from error
         self.busy.append(work)
 
     def take(self, resizers: ThreadPoolExecutor) -> _Work:

@@ -188,6 +188,8 @@ def test_a_stream_closed_early_leaves_the_next_one_right(files):
         stream.close()
         assert all_same(streamed(split, rows), whole)
     assert split._idle == [decoder]
+    assert torch.equal(split.batch(rows[0], seed=3, epoch=1).images, whole[0].images)
+    assert split._idle == [decoder]
 
 
 def test_streams_that_take_turns_do_not_mix(files):
