@@ -120,8 +120,8 @@ def test_odd_images_look_as_in_pillow_M25(tmp_path, crops, in_dali):
         difference = differences(a, b).float().mean((1, 2, 3))
         worst = names[int(difference.argmax())]
         assert difference.max() <= 0.6, f"{worst}: {difference.max():.2f} of 255"
-        if not in_dali:  # PyTorch's rounding, or Pillow's own resizing
-            assert differences(a, b).max() <= (1 if crops.cut_first else 0)
+        if not in_dali:  # PyTorch's rounding of two passes, or Pillow's own resizing
+            assert differences(a, b).max() <= (2 if crops.cut_first else 0)
 
 
 def test_boxes_a_pixel_off_fail_the_comparison(files, monkeypatch):
@@ -149,7 +149,7 @@ def test_photographs_look_as_in_pillow_M25(shared_data, crops):
         )
     )
     assert ours.images.shape == (40, 160, 160, 3)
-    assert differences(ours, theirs).max() <= (1 if crops.cut_first else 0)
+    assert differences(ours, theirs).max() <= (2 if crops.cut_first else 0)
     assert differences(ours, theirs).float().mean() < 0.05
     assert differences(in_dali, theirs).float().mean() < 0.25
 
@@ -211,7 +211,7 @@ def test_another_side_needs_no_other_decoder(files):
         batches = streamed(split, rows, side=side)
         expected = make(files, cls=TorchvisionSplit).batch(rows[0], seed=3, epoch=1, side=side)
         assert batches[0].images.shape == (4, side, side, 3)
-        assert differences(batches[0], expected).max() <= 1
+        assert differences(batches[0], expected).max() <= 2
         assert len(split._idle) == 1
     decoder = split._idle[0]
     streamed(split, rows, side=40)
