@@ -426,13 +426,15 @@ def _check_state(path: Path, state: Any) -> None:
         raise DataError(f"{file}: step {state['step']}: expected that of {path.name}")
 
 
-def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(folder: Path, warn: Say, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies; a damaged one is passed over with a warning.
+
+    `before`: only one of fewer steps.
 
     Raises:
         DataError: There are checkpoints, but none that verifies.
     """
-    found = checkpoints(folder)
+    found = [path for path in checkpoints(folder) if before is None or _step_of(path) < before]
     for path in found:
         try:
             return load_checkpoint(path)

@@ -62,6 +62,8 @@ class DataConfig:
     """Side of the training images at first, in pixels; it grows to image_size (image files)."""
     ramp: tuple[float, float] = (0.35, 0.85)
     """Shares of the run between which the side grows, in steps of 32 pixels."""
+    timeout: float = 300.0
+    """Seconds to wait for a batch before the run ends and names the files; 0: for ever."""
     keep_test: bool = True
     """Keep the decoded test images on the device, where a quarter of its free memory holds them."""
     order_seed: int | None = None
@@ -83,6 +85,7 @@ class DataConfig:
         )
         _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _require(self.timeout >= 0, "data.timeout", self.timeout, "0 or more seconds")
         _require(
             0 <= self.max_quarantined <= 1,
             "data.max_quarantined", self.max_quarantined, "a share in [0, 1]",
@@ -344,9 +347,18 @@ class StepConfig:
     those of their own (CUDA only)."""
     max_skips: int = 10
     """Steps of an epoch that may be skipped because their loss or gradients are not finite."""
+    max_skips_in_a_row: int = 5
+    """Of these, one after the other; beyond either, the run goes back to a checkpoint."""
+    max_rewinds: int = 1
+    """Times that a run may go back to its last good checkpoint, passing over the data since then;
+    beyond, it ends with exit code 4."""
+    timeout: float = 600.0
+    """Seconds that a process waits for another in one exchange."""
 
     def __post_init__(self) -> None:
-        _require(self.max_skips >= 0, "step.max_skips", self.max_skips, "0 or more")
+        for name in ("max_skips", "max_skips_in_a_row", "max_rewinds"):
+            _require(getattr(self, name) >= 0, f"step.{name}", getattr(self, name), "0 or more")
+        _require(self.timeout > 0, "step.timeout", self.timeout, "seconds above 0")
 
 
 @dataclass(frozen=True)
@@ -396,6 +408,13 @@ class RunConfig:
     holds one; a path: go on from that checkpoint."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints within an epoch; absent: by `checkpoint_minutes` alone."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints within an epoch; 0: none but at its end."""
+    on_storage_error: Literal["continue", "stop"] = "continue"
+    """A checkpoint that cannot be written: continue warns and tries again at the next one; stop
+    ends the run with exit code 5. The last one of a run must succeed in either case."""
     keep_checkpoints: int = 2
     """Checkpoints kept beside the best one."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -413,9 +432,13 @@ class RunConfig:
             _require(
                 getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1"
             )
+        for name in ("max_steps", "checkpoint_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
         _require(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1"
-        )
+            self.checkpoint_minutes >= 0,
+            "checkpoint_minutes", self.checkpoint_minutes, "0 or more",
+        )  # fmt: skip
         _require(
             self.global_batch % self.accumulate == 0,
             "accumulate", self.accumulate, f"a divisor of global_batch={self.global_batch}",

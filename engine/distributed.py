@@ -27,10 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import DfptkdError, Stopped, UsageError
 from .preemption import StopRequest
 
-# How long a process waits for the others in one collective: longer than a checkpoint takes to
-# write and than the first step takes to compile, as rank 0 alone may be busy with either.
-TIMEOUT = timedelta(minutes=10)
-
 Result = TypeVar("Result")
 _connections = itertools.count()
 
@@ -78,12 +74,18 @@ class World:
         return self.rank, self.size
 
     @contextmanager
-    def connected(self, device: torch.device) -> Iterator[None]:
-        """The processes can talk to each other inside; entered twice, the outer one counts."""
+    def connected(self, device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
+        """The processes can talk to each other inside; entered twice, the outer one counts.
+
+        Args:
+            device: Of this process.
+            timeout_s: How long a process waits for the others in one exchange: longer than the
+                first step takes to compile, as rank 0 alone may be busy with it.
+        """
         if self.size == 1 or self.control is not None:
             yield
             return
-        self._connect(device)
+        self._connect(device, timedelta(seconds=timeout_s))
         try:
             try:
                 yield
@@ -95,14 +97,14 @@ class World:
             self.control = None
             dist.destroy_process_group()
 
-    def _connect(self, device: torch.device) -> None:
+    def _connect(self, device: torch.device, timeout: timedelta) -> None:
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             self.size,
             is_master=self.is_main and not served,
-            timeout=TIMEOUT,
+            timeout=timeout,
         )
         # The store outlives a restart of the workers: without a name of their own they would read
         # addresses of processes that are dead.
@@ -114,10 +116,10 @@ class World:
             store=scoped,
             rank=self.rank,
             world_size=self.size,
-            timeout=TIMEOUT,
+            timeout=timeout,
             device_id=device if on_gpu else None,
         )
-        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.control = dist.new_group(backend="gloo", timeout=timeout)
 
     # Tensors, on the run's device --------------------------------------------------------------
 
@@ -284,7 +286,8 @@ def synchronise_batch_norms(networks: Iterable[nn.Module]) -> None:
 
 
 class StopVote:
-    """Whether any process was asked to stop, as all of them see it at the same step.
+    """Whether any process was asked to stop, as all of them see it at the same step; and whether
+    rank 0, whose clock counts, wants a checkpoint.
 
     Each step starts a vote on the host and reads the one that the step before has started, so that
     no step waits for it.
@@ -295,6 +298,9 @@ class StopVote:
         self._parent = os.getppid()
         self._running: tuple[Any, Tensor] | None = None
         self._decided = 0
+        self.wants_save = False
+        """Set by rank 0: a checkpoint is due. `take_save` is true once, in all processes alike."""
+        self._save_decided = False
 
     @property
     def number(self) -> int:
@@ -305,6 +311,13 @@ class StopVote:
 
     def __bool__(self) -> bool:
         return self.number != 0
+
+    def take_save(self) -> bool:
+        """Whether to write a checkpoint now."""
+        if self.world.size == 1:
+            self._save_decided, self.wants_save = self.wants_save, False
+        decided, self._save_decided = self._save_decided, False
+        return decided
 
     def after_step(self) -> None:
         """Read the last vote and start the next; to be called after every step, by all."""
@@ -323,7 +336,8 @@ class StopVote:
     def _start(self) -> None:
         if os.getppid() != self._parent:  # the launcher is gone, and nobody would end this process
             self.request.ask_for_hangup()
-        vote = torch.tensor([self.request.number], dtype=torch.int32)
+        vote = torch.tensor([self.request.number, int(self.wants_save)], dtype=torch.int32)
+        self.wants_save = False
         work = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
         self._running = work, vote
 
@@ -331,7 +345,8 @@ class StopVote:
         if self._running is not None:
             work, vote = self._running
             work.wait()
-            self._decided, self._running = int(vote), None
+            self._decided, self._running = int(vote[0]), None
+            self._save_decided |= bool(vote[1])
 
 
 def _describe(error: DfptkdError) -> list[Any]:

@@ -13,9 +13,10 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .errors import StorageError
 from .files import write_atomically
 
 _REFRESH_S = 0.5  # how often a progress line reads the device
@@ -89,6 +91,8 @@ class RunLog:
         self, folder: Path, columns: Iterable[str], resume_step: int | None, prefix: str = ""
     ) -> None:
         self.prefix = prefix
+        self._status: dict[str, Any] = {}
+        self._status_lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.columns = folder, list(columns)
         self.console = Console(soft_wrap=True)
@@ -146,7 +150,18 @@ class RunLog:
 
     def status(self, **values: Any) -> None:
         """Replace status.json."""
-        write_json(self.folder / "status.json", {**values, "time": time.time()})
+        with self._status_lock:
+            self._status = values
+            self._write_status()
+
+    def beat(self, phase: str) -> None:
+        """Renew the time in status.json, and say what the run is at; from any thread."""
+        with self._status_lock, suppress(StorageError):
+            self._status |= {"phase": phase}
+            self._write_status()
+
+    def _write_status(self) -> None:
+        write_json(self.folder / "status.json", {**self._status, "time": time.time()})
 
     def close(self) -> None:
         """Close the TensorBoard file."""
@@ -189,6 +204,9 @@ class SilentLog(RunLog):
         """Nothing."""
 
     def status(self, **values: Any) -> None:
+        """Nothing."""
+
+    def beat(self, phase: str) -> None:
         """Nothing."""
 
     def close(self) -> None:

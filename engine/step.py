@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +98,19 @@ def compute_precision(config: RunConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
+class SkipCounts(NamedTuple):
+    """How many steps the gate did not let pass."""
+
+    skipped: int
+    """Of the epoch, or since the run went back."""
+    in_a_row: int
+    """Up to now."""
+    seen: int
+    """Steps at all, skipped or not: the number of the next one."""
+    last: int
+    """Number of the last one that was skipped."""
+
+
 class Gate:
     """Lets the writes of a step pass only if its loss and its gradients are finite.
 
@@ -114,7 +128,10 @@ class Gate:
     ) -> None:
         self.world = world
         self.is_open = torch.ones((), dtype=torch.bool, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        # as `SkipCounts`: on the device, and on their way from there
+        self.counts = torch.zeros(len(SkipCounts._fields), dtype=torch.int64, device=device)
+        self.skipped = self.counts[0]
+        self._on_the_way: tuple[torch.cuda.Event, Tensor] | None = None
         self.groups: dict[torch.dtype, list[Tensor]] = {}
         for buffer in buffers:
             self.groups.setdefault(buffer.dtype, []).append(buffer)
@@ -137,8 +154,35 @@ class Gate:
         passes = finite & norm.isfinite()
         if self.world.size > 1:
             finite, passes = self.world.all_true(torch.stack([finite, passes])).unbind()
-        self.skipped += self.is_open & ~(finite if scaled else passes)
-        return passes & self.is_open
+        failed = self.is_open & ~(finite if scaled else passes)
+        passes = passes & self.is_open
+        skipped, in_a_row, seen, last = self.counts.unbind()
+        counts = [skipped + failed, (in_a_row + failed) * ~passes, seen + self.is_open]
+        self.counts.copy_(torch.stack([*counts, torch.where(failed, seen, last)]))
+        return passes
+
+    def read(self) -> SkipCounts:
+        """The counts; waits for the device."""
+        return SkipCounts(*self.counts.tolist())
+
+    def glance(self) -> SkipCounts | None:
+        """The counts, without waiting for work under way: on a GPU those of the glance before."""
+        if not self.counts.is_cuda:
+            return self.read()
+        before, copied = self._on_the_way, torch.cuda.Event()
+        values = torch.empty(len(self.counts), dtype=torch.int64, pin_memory=True)
+        values.copy_(self.counts, non_blocking=True)
+        copied.record()
+        self._on_the_way = copied, values
+        if before is None:
+            return None
+        before[0].synchronize()
+        return SkipCounts(*before[1].tolist())
+
+    def forget(self) -> None:
+        """Begin to count anew: after an epoch, or where the run went back."""
+        self.counts[:2] = 0
+        self._on_the_way = None
 
     @torch.no_grad()
     def settle(self, passes: Tensor, before: Sequence[Tensor]) -> None:
@@ -376,7 +420,8 @@ class TrainStep:
             self.distillation.fill_(factor)
 
     def restore(self, steps: int) -> None:
-        """Set schedule and learning rates to where they stand after `steps` steps."""
+        """Set schedule, learning rates and counts to where they stand after `steps` steps."""
+        self.gate.counts[2] = steps
         self.schedule.last_epoch = steps
         rates = learning_rates(self.schedule, steps)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -401,6 +446,28 @@ class TrainStep:
         """Normalise a batch that several runs take once, as `other` does; a graph does its own."""
         if self.mode != "graph":
             self.image_parts = Remembered(self._image_parts) if other is None else other.image_parts
+
+    def glance(self) -> SkipCounts | None:
+        """See `Gate.glance`."""
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            return self.gate.glance()
+
+    @torch.no_grad()
+    def examine(self, batch: Batch) -> dict[str, float]:
+        """Every loss term on a batch as the networks are now, and the total; nothing moves."""
+        before = self.gate.remember()
+        with self.autocast(), self.loss_backend(), self.plainly():
+            outputs = [
+                self.method(images, labels, 1.0)
+                for images, labels in zip(
+                    self._image_parts(batch), self._label_parts(batch), strict=True
+                )
+            ]
+        self.gate.settle(torch.zeros_like(self.gate.is_open), before)
+        names = ("total", *self.method.term_names)
+        values = [[o.total, *(o.terms[n] for n in self.method.term_names)] for o in outputs]
+        means = torch.tensor(values, dtype=torch.float64).mean(dim=0)
+        return dict(zip(names, means.tolist(), strict=True))
 
     def join(self) -> None:
         """Let whatever reads this run's state next wait for its steps (on the device)."""

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from .data import Batch, Split, num_replaced, steps_per_epoch, train_batches
+from .data import Batch, Split, epoch_rows, num_replaced, steps_per_epoch, train_batches
 
 Result = TypeVar("Result")
 
@@ -48,6 +49,11 @@ class SharedBatches:
         """The batches of an epoch from `start_step` on."""
         for step in range(start_step, self.steps):
             yield self._get(epoch, step)
+
+    def rows(self, epoch: int, step: int) -> Tensor:
+        """int64 [B]: the samples of one batch."""
+        options = {k: self.options[k] for k in ("batch_size", "shard")}
+        return epoch_rows(self.split, seed=self.seed, epoch=epoch, **options)[step]
 
     def num_replaced(self, epoch: int, start: int, stop: int) -> int:
         """Images of these steps of an epoch that stand in for one in quarantine."""

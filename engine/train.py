@@ -11,6 +11,7 @@ import signal
 import statistics
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,10 @@ from .alarms import (
 )
 from .checkpoint import (
     Checkpoint,
-    checkpoints,
-    load_checkpoint,
+    CheckpointWriter,
     newest_checkpoint,
     optimizer_tensors,
-    read_index,
     restore_optimizer,
-    save_checkpoint,
 )
 from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
@@ -41,7 +39,7 @@ from .data.crops import side_of_epoch
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .files import write_atomically
-from .log import ProgressLine, RunLog, SilentLog, clock, commit, hardware, versions
+from .log import ProgressLine, RunLog, SilentLog, clock, commit, hardware, versions, write_json
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
@@ -49,23 +47,15 @@ from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, tr
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .records import RUN_FORMAT
-from .step import TrainStep, choose_mode
+from .resume import check_same_state, flat, start_of_main
+from .step import SkipCounts, TrainStep, choose_mode
 from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
 from .together import RandomState, SharedBatches, take_turns
-
-# What may differ between a checkpoint and the run that goes on from it.
-MAY_CHANGE = {
-    "epochs", "max_steps", "eval_batch", "eval_every", "device", "out", "out_root", "resume",
-    "seeds", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers", "data.loader",
-    "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
-    "teacher.weights",
-    "teacher.expected_top1", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
-    "teacher.global_batch", "step.mode", "step.joint_paths", "step.max_skips",
-}  # fmt: skip
-
+from .watchdog import Watchdog
 
 # Steps in which fp16 may look for its scale before an epoch that counts nothing is a failure.
 SCALE_SEARCH_STEPS = 32
+GLANCE_STEPS = 16  # between two looks at how many were skipped
 
 
 @dataclass(frozen=True)
@@ -89,6 +79,8 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
+    rewinds: int = 0
+    """Times that the run has gone back."""
     replaced: int = 0
     """Training images so far that stood in for one in quarantine."""
     prompt_top1: list[tuple[float, float]] = field(default_factory=list)
@@ -122,7 +114,11 @@ def run_seeds(config: RunConfig, world: World | None = None) -> list[RunResult]:
         raise UsageError(f"out={config.out!r} with {len(seeds)} seeds: expected --out-root")
     world = World.from_environment() if world is None else world
     device = check_machine(config, world)
-    with stop_on_signal() as stop, world.connected(device):
+    with (
+        stop_on_signal() as stop,
+        world.connected(device, config.step.timeout),
+        ExitStack() as locks,
+    ):
         prepare_torch(config)
         data = world.everywhere(lambda: load_data(config.data, device))
         check_sizes(config, data, world)
@@ -130,7 +126,7 @@ def run_seeds(config: RunConfig, world: World | None = None) -> list[RunResult]:
         for seed in seeds:
             own = dataclasses.replace(config, seed=seed, seeds=None)
             prefix = f"seed {seed}: " if len(seeds) > 1 else ""
-            made.append(prepare(own, data, device, stop, prefix, world))
+            made.append(prepare(own, data, device, stop, locks, prefix, world))
         pending = [m for m in made if isinstance(m, Pending)]
         if len(pending) > 1:
             share(pending)
@@ -190,6 +186,7 @@ def prepare(
     data: ImageData,
     device: torch.device,
     stop: StopRequest,
+    locks: ExitStack,
     prefix: str = "",
     world: World = SINGLE,
 ) -> Pending | RunResult:
@@ -200,12 +197,20 @@ def prepare(
         data: Its data set.
         device: Where it runs.
         stop: The request that it listens to.
+        locks: Takes the lock of its folder.
         prefix: Put before its lines on the terminal, where several runs talk.
         world: The processes that share the work.
     """
     out = run_folder(config)
     total_steps = config.epochs * steps_per_epoch(len(data.train), config.global_batch)
-    checkpoint, finished = checkpoint_of_main(config, out, total_steps, world)
+    said: list[str] = []
+
+    def warn(message: str) -> None:
+        said.append(message)
+        print(f"{prefix}warning: {message}")
+
+    end = end_step(config, total_steps)
+    checkpoint, finished = start_of_main(config, out, end, world, locks, warn)
     if checkpoint is not None and finished:
         return already_done(out, checkpoint, world)
 
@@ -235,6 +240,7 @@ def prepare(
         check_same_teacher(teacher_record, world)
     method = build_method(config, student, teacher)
     record = run_record(config, data, student, cost, teacher_record, device, world)
+    record["warnings"] += said
     if config.step.sync_bn and world.size > 1:
         synchronise_batch_norms(method.trained_networks())
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -242,32 +248,6 @@ def prepare(
     if not world.is_main:  # from here on dropout and the like draw differently in every process
         torch.manual_seed(world.seed_of_rank(config.seed, 0))
     return Pending(trainer, checkpoint, record, RandomState(device))
-
-
-def checkpoint_of_main(
-    config: RunConfig, out: Path, total_steps: int, world: World
-) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint that rank 0 goes on from, in every process, and whether the run is finished.
-
-    The others get it from rank 0, and need not see its disk.
-    """
-    found: list[Checkpoint] = []
-
-    def find() -> dict[str, Any] | None:
-        checkpoint = find_checkpoint(config, out)
-        if checkpoint is None:
-            return None
-        check_same_run(config, checkpoint)
-        found.append(checkpoint)
-        at_end = checkpoint.step >= end_step(config, total_steps)
-        finished = at_end and is_finished(out, config)
-        return {"path": str(checkpoint.path), "state": checkpoint.state, "finished": finished}
-
-    shared = world.of_main(find)
-    if shared is None:
-        return None, False
-    tensors = world.tensors_of_main(found[0].tensors if found else None)
-    return Checkpoint(Path(shared["path"]), tensors, shared["state"]), shared["finished"]
 
 
 def check_same_teacher(record: dict[str, Any], world: World) -> None:
@@ -343,6 +323,11 @@ class Trainer:
             captured=self.step.mode == "graph",
             world=world,
         )
+        self.writer = CheckpointWriter(
+            out / "checkpoints", config.keep_checkpoints, warn=self.warn_of_storage
+        )
+        self.last_save = time.monotonic()
+        self.watchdog = Watchdog(world.rank, lambda phase: self.log.beat(phase))
         self.progress = Progress()
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
@@ -365,25 +350,36 @@ class Trainer:
         self.log: RunLog = SilentLog()
         if self.world.is_main:
             self.log = RunLog(self.out, self.columns(), resumed, prefix=self.prefix)
-        try:
-            self.announce(record)
-            self.method.train()
-            self.log.record(record)
-            self.status("running")
-            yield from self.epochs()
-            self.write_student()
-            self.status("finished")
-            self.log.say(f"finished: {self.out}")
-        except Stopped as stopped:
-            self.save()
-            self.status("stopped")
-            self.log.event("stopped", str(stopped), self.progress.step)
-            raise
-        except BaseException:
-            self.status("failed")
-            raise
-        finally:
-            self.log.close()
+        for message in record["warnings"]:
+            self.log.event("checkpoint_fallback", message, self.progress.step)
+        frozen = self.method.frozen_teacher()
+        before = None if frozen is None else fingerprint(frozen)
+        with self.watchdog:
+            try:
+                self.announce(record)
+                self.method.train()
+                self.log.record(record)
+                self.status("running")
+                yield from self.epochs()
+                self.finish_saving()
+                if frozen is not None and fingerprint(frozen) != before:
+                    self.log.warn("teacher_drift", "the frozen teacher has changed: a defect")
+                self.write_student()
+                self.status("finished")
+                self.log.say(f"finished: {self.out}")
+            except Stopped as stopped:
+                self.save()
+                self.finish_saving()
+                self.status("stopped")
+                self.log.event("stopped", str(stopped), self.progress.step)
+                raise
+            except BaseException:
+                with suppress(Exception):  # what is being written is to be whole all the same
+                    self.writer.finish()
+                self.status("failed")
+                raise
+            finally:
+                self.log.close()
         return RunResult(self.out, self.progress.step, self.progress.last, self.progress.best)
 
     def announce(self, record: dict[str, Any]) -> None:
@@ -461,7 +457,8 @@ class Trainer:
         config, progress = self.config, self.progress
         epoch, done_in_epoch = divmod(progress.step, self.per_epoch)
         started, first = time.monotonic(), progress.step
-        for batch in self.batches.epoch(epoch, done_in_epoch):
+        batches = iter(self.batches.epoch(epoch, done_in_epoch))
+        while (batch := self.next_batch(batches)) is not None:
             if not self.certified:
                 self.certify(batch)
             self.step(batch, progress.step)
@@ -470,7 +467,13 @@ class Trainer:
                 self.log.warn("fallback", self.step.fallback, progress.step)
                 self.evaluator.captured = False
                 self.step.fallback = None
+            self.stop.wants_save |= self.is_time_to_save()
             self.stop.after_step()
+            if progress.step % GLANCE_STEPS == 0:
+                self.check_streak(self.step.glance())
+            if self.saves_within_epoch():
+                self.step.join()
+                self.save()
             paused = time.monotonic()
             yield
             started += time.monotonic() - paused  # the turns of other runs
@@ -487,6 +490,37 @@ class Trainer:
         done = done_in_epoch + progress.step - first
         progress.replaced += self.batches.num_replaced(epoch, done_in_epoch, done)
         progress.speeds.append((progress.step - first) * config.global_batch / seconds)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next one; None at the end of the epoch."""
+        with self.watchdog.phase("waiting for data", self.config.data.timeout, self.awaited_files):
+            return next(batches, None)
+
+    def awaited_files(self) -> str:
+        """What the next batch is made of."""
+        step = self.progress.step
+        rows = self.batches.rows(*divmod(step, self.per_epoch))
+        names = [self.data.train.where(int(sample)) for sample in rows[:3]]
+        return (
+            f"the batch of step {step} ({', '.join(names)}, ...): expected storage that answers, "
+            "or a longer --data.timeout"
+        )
+
+    def is_time_to_save(self) -> bool:
+        """Whether rank 0 finds that the last checkpoint is long ago."""
+        minutes = self.config.checkpoint_minutes
+        due = minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
+        if due and self.world.is_main:
+            self.last_save = time.monotonic()  # asked for once
+            return True
+        return False
+
+    def saves_within_epoch(self) -> bool:
+        """Whether to save now; at the epoch's end that is done after the evaluation."""
+        progress, steps = self.progress, self.config.checkpoint_steps
+        asked = self.stop.take_save() or (steps is not None and progress.step % steps == 0)
+        at_edge = progress.step % self.per_epoch == 0 or progress.step >= self.end_step
+        return asked and not at_edge and not self.stop
 
     def certify(self, batch: Batch) -> None:
         """Log once how far the fused loss is from the reference; beyond rounding, fall back."""
@@ -521,7 +555,7 @@ class Trainer:
             self.log.say(self.summary(epoch, row))
             self.check_saturation(epoch)
         self.step.meter.reset()
-        self.step.gate.skipped.zero_()
+        self.step.gate.forget()
         if at_end or is_best or round(epoch) % config.checkpoint_every == 0:
             self.save(is_best)
         self.status("running")
@@ -565,28 +599,108 @@ class Trainer:
             self.log.warn("saturation", warning, self.progress.step)
 
     def check_skips(self) -> None:
-        """Say how many steps of the epoch were skipped; stop where nothing else happened."""
-        skipped, counted = int(self.step.gate.skipped.item()), self.step.meter.num_images()
-        if not skipped and not counted and self.progress.step >= SCALE_SEARCH_STEPS:
+        """Say how many steps of the epoch were skipped; go back, or stop, where they are too many.
+
+        Raises:
+            NumericError: As `go_back`; or fp16 has found no scale.
+        """
+        counts, counted = self.step.gate.read(), self.step.meter.num_images()
+        if not counts.skipped and not counted and self.progress.step >= SCALE_SEARCH_STEPS:
             error = NumericError(
                 f"no step of this epoch counts by step {self.progress.step}: gradients overflow at "
                 "any scale; expected --precision bf16 or fp32; the last checkpoint is intact"
             )
             raise self.said_once(error)
-        if not skipped:
+        if not counts.skipped:
             return
-        message = (
-            f"{skipped} steps of this epoch skipped by step {self.progress.step}: loss or "
+        if self.are_too_many(counts) or not (counted or self.stop):
+            self.go_back(counts)
+        else:
+            self.log.warn("skipped", self.skips(counts), self.progress.step)
+
+    def check_streak(self, counts: SkipCounts | None) -> None:
+        """Within an epoch: as `check_skips`, without waiting for the device."""
+        if counts is not None and self.are_too_many(counts):
+            self.go_back(self.step.gate.read())
+
+    def are_too_many(self, counts: SkipCounts) -> bool:
+        limits = self.config.step
+        return counts.skipped > limits.max_skips or counts.in_a_row > limits.max_skips_in_a_row
+
+    def skips(self, counts: SkipCounts) -> str:
+        return (
+            f"{counts.skipped} steps of this epoch skipped by step {self.progress.step}: loss or "
             "gradients not finite"
         )
-        if skipped > self.config.step.max_skips or not (counted or self.stop):
+
+    def go_back(self, counts: SkipCounts) -> None:
+        """Take the networks back to the last checkpoint from before the steps that were skipped,
+        and go on with the data of the next step: what came between is passed over.
+
+        Raises:
+            NumericError: There is no such checkpoint, or the run has gone back too often; what was
+                seen of the last bad step is on disk.
+        """
+        progress = self.progress
+        first_bad = progress.step - max(counts.in_a_row, 1)
+        checkpoint = None
+        if progress.rewinds < self.config.step.max_rewinds and progress.step < self.end_step:
+            checkpoint = self.checkpoint_before(first_bad + 1)
+        if checkpoint is None:
+            path = self.dump(counts)
             error = NumericError(
-                f"{message}; expected at most --step.max-skips {self.config.step.max_skips} and "
-                "one that is not (a lower --optim.lr, or --optim.clip-grad-norm); the last "
-                "checkpoint is intact"
+                f"{self.skips(counts)}; expected at most --step.max-skips "
+                f"{self.config.step.max_skips}, and {self.config.step.max_skips_in_a_row} in a row "
+                f"(a lower --optim.lr, or --optim.clip-grad-norm); {path} says what was seen; the "
+                "last checkpoint is intact"
             )
             raise self.said_once(error)
-        self.log.warn("skipped", message, self.progress.step)
+        self.restore_networks(checkpoint)
+        self.step.restore(progress.step)
+        self.step.gate.forget()
+        progress.rewinds += 1
+        message = f"{self.skips(counts)}; networks back to those of step {checkpoint.step}"
+        self.log.warn("rewind", message, progress.step)
+
+    def checkpoint_before(self, step: int) -> Checkpoint | None:
+        """The newest sound checkpoint of this run with fewer steps, the same in every process."""
+        found: list[Checkpoint] = []
+
+        def find() -> str | None:
+            with suppress(StorageError):  # polled, and said, at the next save
+                self.writer.finish()
+            with suppress(DataError):  # none is sound
+                newest = newest_checkpoint(self.out / "checkpoints", self.warn_of_storage, step)
+                found.extend([] if newest is None else [newest])
+            return str(found[0].path) if found else None
+
+        path = self.world.of_main(find)
+        if path is None:
+            return None
+        state = self.world.of_main(lambda: found[0].state)
+        tensors = self.world.tensors_of_main(found[0].tensors if found else None)
+        return Checkpoint(Path(path), tensors, state)
+
+    def dump(self, counts: SkipCounts) -> Path:
+        """Write down the last bad step: its images, and every loss term on them as it is now."""
+        epoch, place = divmod(counts.last, self.per_epoch)
+        rows = self.batches.rows(epoch, place)
+        seeds = {"seed": self.config.seed, "order_seed": self.batches.seed}
+        batch = self.data.train.batch(rows, seed=self.batches.seed, epoch=epoch)
+        own = {
+            "samples": rows.tolist(),
+            "names": [self.data.train.where(int(sample)) for sample in rows],
+            "terms": self.step.examine(batch),
+        }
+        found = {
+            "step": counts.last, "epoch": epoch, **counts._asdict(), **seeds,
+            "learning_rate": learning_rates(self.step.schedule, counts.last)[0],
+            "by_rank": self.world.exchange(own),
+        }  # fmt: skip
+        path = self.out / f"numeric-{counts.last}.json"
+        if self.world.is_main:
+            write_json(path, found)
+        return path
 
     def stop_if_asked(self) -> None:
         self.stop.now()
@@ -662,7 +776,7 @@ class Trainer:
         tensors = {
             **self.method.trained_state(),
             **optimizer_tensors(step.optimizer),
-            "skipped": step.gate.skipped,
+            "skipped": step.gate.counts[:2],
         }
         for rank, own in enumerate(self.world.gather_tensors(self.own_state())):
             tensors |= {f"{own_prefix(rank)}{name}": value for name, value in own.items()}
@@ -679,11 +793,36 @@ class Trainer:
             "versions": versions(),
             "world_size": self.world.size,
         }
-        folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
-        self.world.of_main(
-            lambda: str(save_checkpoint(folder, tensors, state, keep=keep, is_best=is_best))
-        )
-        self.saved_step = self.progress.step
+        self.world.of_main(self.warn_of_failed_save)
+        if self.world.is_main:
+            self.writer.save(tensors, state, is_best=is_best)
+        self.saved_step, self.last_save = self.progress.step, time.monotonic()
+
+    def warn_of_failed_save(self) -> None:
+        """Say, in rank 0, that a checkpoint could not be written; the next one may be.
+
+        Raises:
+            StorageError: The run is to stop then.
+        """
+        error = self.writer.poll()
+        if error is None:
+            return
+        if not isinstance(error, StorageError):
+            raise error
+        if self.config.on_storage_error == "stop":
+            raise error
+        self.log.warn("checkpoint_failed", f"{error}; the run goes on", self.progress.step)
+
+    def finish_saving(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            StorageError: It could not be written.
+        """
+        self.world.of_main(self.writer.finish)
+
+    def warn_of_storage(self, message: str) -> None:
+        self.log.warn("storage", message, self.progress.step)
 
     def own_state(self) -> dict[str, torch.Tensor]:
         """What differs between the processes: random generators, and counts of one's own images."""
@@ -707,16 +846,26 @@ class Trainer:
         Raises:
             DataError: The checkpoint is another model's, another teacher's or another data set's.
         """
-        tensors, state, step = checkpoint.tensors, checkpoint.state, self.step
-        for name, ours in (("data", self.data_identity()), ("teacher_sha256", self.teacher_sha256)):
-            there = _flat({name: state.get(name)})
-            here = _flat({name: ours})
-            for key in sorted(there.keys() | here.keys()):
-                if there.get(key) != here.get(key):
-                    raise DataError(
-                        f"{checkpoint.path}: made with {key}={there.get(key)}, this run has "
-                        f"{here.get(key)}: expected the same, or another --out"
-                    )
+        state, step = checkpoint.state, self.step
+        ours = {"data": self.data_identity(), "teacher_sha256": self.teacher_sha256}
+        check_same_state(checkpoint, ours)
+        self.restore_networks(checkpoint)
+        step.restore(state["step"])
+        step.gate.counts[:2] = checkpoint.tensors["skipped"]
+        self.restore_own_state(checkpoint)
+        self.progress = Progress(**state["progress"])
+        self.alarmed = state["alarmed"]
+        # An epoch that was saved at its edge is still to be evaluated, and then saved again.
+        is_complete = checkpoint.path.parent.parent == self.out and not step.meter.num_images()
+        self.saved_step = self.progress.step if is_complete else None
+
+    def restore_networks(self, checkpoint: Checkpoint) -> None:
+        """What training moves: networks, optimiser, fp16's scale, average.
+
+        Raises:
+            DataError: The checkpoint is another model's or another optimiser's.
+        """
+        tensors, step = checkpoint.tensors, self.step
         own = {k: v for k, v in tensors.items() if k.startswith(("student.", "prompt."))}
         try:
             self.method.load_trained_state(own)
@@ -724,19 +873,11 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise DataError(f"{checkpoint.path}: another model's checkpoint: {reason}") from error
         restore_optimizer(step.optimizer, tensors)
-        step.restore(state["step"])
-        step.scaler.load_state_dict(state["scaler"])
+        step.scaler.load_state_dict(checkpoint.state["scaler"])
         if step.ema is not None:
             step.ema.load_state_dict(
                 {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
             )
-        step.gate.skipped.copy_(tensors["skipped"])
-        self.restore_own_state(checkpoint)
-        self.progress = Progress(**state["progress"])
-        self.alarmed = state["alarmed"]
-        # An epoch that was saved at its edge is still to be evaluated, and then saved again.
-        is_complete = checkpoint.path.parent.parent == self.out and not step.meter.num_images()
-        self.saved_step = self.progress.step if is_complete else None
 
     def restore_own_state(self, checkpoint: Checkpoint) -> None:
         """Inverse of `own_state`, for any number of processes."""
@@ -810,51 +951,6 @@ def end_step(config: RunConfig, total_steps: int) -> int:
     return total_steps if config.max_steps is None else min(config.max_steps, total_steps)
 
 
-def find_checkpoint(config: RunConfig, out: Path) -> Checkpoint | None:
-    """What `--resume` asks for.
-
-    Raises:
-        UsageError: The folder holds a run that `never` would overwrite.
-        DataError: No sound checkpoint where one was named.
-    """
-    folder = out / "checkpoints"
-    if config.resume == "never":
-        if checkpoints(folder):
-            raise UsageError(f"{out}: holds a run, and resume is 'never': expected another --out")
-        return None
-    if config.resume != "auto":
-        path = Path(config.resume)
-        if checkpoints(path / "checkpoints"):
-            path = path / "checkpoints" / read_index(path / "checkpoints")["last"]
-        return load_checkpoint(path)
-
-    def warn(message: str) -> None:
-        print(f"warning: {message}")
-
-    return newest_checkpoint(folder, warn)
-
-
-def check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
-    """Refuse to go on from a checkpoint of another configuration, naming the differences."""
-    then, now = _flat(checkpoint.state["config"]), _flat(to_dict(config))
-    different = [
-        f"{key}: {then.get(key)} there, {now.get(key)} here"
-        for key in sorted(then.keys() | now.keys())
-        if key not in MAY_CHANGE and _plain(then.get(key)) != _plain(now.get(key))
-    ]
-    if different:
-        raise DataError(
-            f"{checkpoint.path}: checkpoint of another run ({'; '.join(different)}): "
-            "expected the same options, or another --out"
-        )
-
-
-def is_finished(out: Path, config: RunConfig) -> bool:
-    """Whether the run has left its finished network."""
-    name = WEIGHTS_FILE if config.role == "teacher" else "student.safetensors"
-    return (out / name).is_file()
-
-
 def already_done(out: Path, checkpoint: Checkpoint, world: World = SINGLE) -> RunResult:
     """Report a finished run; nothing is written."""
     progress = Progress(**checkpoint.state["progress"])
@@ -876,7 +972,7 @@ def run_record(
     """Contents of run.json."""
     shape = (1, 3, *data.image_size)
     student_macs = count_macs(student, shape)
-    flat = _flat(to_dict(config))
+    settings = flat(to_dict(config))
     costs: dict[str, Any] = {
         "student_params": count_params(student),
         "student_macs": student_macs,
@@ -911,22 +1007,7 @@ def run_record(
         "teacher": teacher,
         "cost": costs,
         "not_known_from_paper": {
-            name: flat[name] for name in NOT_KNOWN_FROM_PAPER if config.has_prompt_path
+            name: settings[name] for name in NOT_KNOWN_FROM_PAPER if config.has_prompt_path
         },
         "warnings": [],
     }
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    """JSON makes lists of tuples; compare them as equal."""
-    return list(value) if isinstance(value, tuple) else value

@@ -132,6 +132,10 @@ class DaliSplit(Split):
                 # Pillow names the culprit if there is one, and is as good as DALI if there is none.
                 by_pillow[error.step] = message
 
+    def where(self, sample: int) -> str:
+        """See `Split.where`."""
+        return self.files.where(sample)
+
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
         return {

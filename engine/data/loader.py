@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UsageError
@@ -81,15 +82,22 @@ def train_batches(
         shard: which part of each batch to yield: the rows of one rank.
         side: of the images, in pixels, where the split makes them to measure; None: its own.
     """
+    rows = epoch_rows(split, batch_size=batch_size, seed=seed, epoch=epoch, shard=shard)
+    yield from split.stream(rows[start_step:], seed=seed, epoch=epoch, workers=workers, side=side)
+
+
+def epoch_rows(
+    split: Split, *, batch_size: int, seed: int, epoch: int, shard: Shard = (0, 1)
+) -> list[Tensor]:
+    """The sample numbers of each batch of an epoch, int64; arguments as of `train_batches`."""
     order = epoch_order(seed, epoch, len(split), split.labels.device)
     if split.listed is not None:
         order = replace_listed(
             order.cpu(), split.listed, split.labels.cpu(), seed=seed, epoch=epoch
         ).to(split.labels.device)
-    steps = steps_per_epoch(len(split), batch_size)
     rank, ranks = shard
-    rows = [r.tensor_split(ranks)[rank] for r in order.split(batch_size)[start_step:steps]]
-    yield from split.stream(rows, seed=seed, epoch=epoch, workers=workers, side=side)
+    batches = order.split(batch_size)[: steps_per_epoch(len(split), batch_size)]
+    return [batch.tensor_split(ranks)[rank] for batch in batches]
 
 
 def num_replaced(

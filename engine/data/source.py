@@ -111,6 +111,10 @@ class Split:
         for indices in rows:
             yield self.batch(indices, seed=seed, epoch=epoch, side=side)
 
+    def where(self, sample: int) -> str:
+        """Where a sample comes from, for messages."""
+        return f"sample {sample}"
+
     def describe(self) -> dict[str, Any]:
         """What the pixels of a batch depend on beside samples and seed, as JSON data."""
         return {"loader": "device"}

@@ -91,6 +91,10 @@ class TorchvisionSplit(Split):
         """
         return decode_rgb(self.files.read(sample), self.files.where(sample))
 
+    def where(self, sample: int) -> str:
+        """See `Split.where`."""
+        return self.files.where(sample)
+
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
         return {"loader": "torchvision", "crops": repr(self.crops), "side": self.side}

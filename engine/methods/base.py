@@ -76,6 +76,10 @@ class Method(nn.Module):
         losses = type(self).losses.__get__(self)  # not the one that was compiled before
         self.losses = torch.compile(losses, **options)  # type: ignore[method-assign]
 
+    def frozen_teacher(self) -> nn.Module | None:
+        """What must be the same at the end of a run as at its beginning."""
+        return None
+
     def share_teacher(self, other: Method) -> None:
         """Use the frozen teacher of `other`, an equal one; computed once for the same images."""
 
@@ -113,6 +117,9 @@ class FrozenTeacherMethod(Method):
     def compile_regions(self, **options: Any) -> None:
         super().compile_regions(**options)
         self.teacher.compile(**options)
+
+    def frozen_teacher(self) -> nn.Module | None:
+        return self.teacher
 
     def share_teacher(self, other: Method) -> None:
         assert isinstance(other, FrozenTeacherMethod)

@@ -64,6 +64,9 @@ class DualPathDistillation(Method):
         super().compile_regions(**options)
         self.teacher.compile_paths(**options)
 
+    def frozen_teacher(self) -> nn.Module | None:
+        return self.teacher.original
+
     def share_teacher(self, other: Method) -> None:
         assert isinstance(other, DualPathDistillation)
         self.teacher.share_original(other.teacher)

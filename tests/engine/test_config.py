@@ -57,6 +57,7 @@ REFUSED = {
         "crop_padding": (-1,),
         "workers": (-1,),
         "order_seed": (-1,),
+        "timeout": (-0.1, NAN),
         "max_quarantined": (-0.1, 1.1, NAN),
     },
     PromptConfig: {
@@ -94,7 +95,12 @@ REFUSED = {
         "clip_grad_norm": POSITIVE,
         "ema_decay": (0.0, 1.0, -0.1, NAN),
     },
-    StepConfig: {"max_skips": (-1,)},
+    StepConfig: {
+        "max_skips": (-1,),
+        "max_skips_in_a_row": (-1,),
+        "max_rewinds": (-1,),
+        "timeout": (0.0, -1.0, NAN),
+    },
     RunConfig: {
         "seed": (-1,),
         "seeds": ((), (1, 1), (-1,)),
@@ -104,6 +110,8 @@ REFUSED = {
         "eval_batch": AT_LEAST_ONE,
         "eval_every": AT_LEAST_ONE,
         "max_steps": AT_LEAST_ONE,
+        "checkpoint_steps": AT_LEAST_ONE,
+        "checkpoint_minutes": (-0.1, NAN),
         "checkpoint_every": AT_LEAST_ONE,
         "keep_checkpoints": AT_LEAST_ONE,
     },
