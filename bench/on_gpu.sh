@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# GPU checks and measurements of one part: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|optim
+# GPU checks and measurements of one part:
+# bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data|optim
 #
 # Needs an NVIDIA GPU, PyTorch >= 2.11 and Triton >= 3.6; no network, no install, no tyro. Stays
 # within 9 minutes. Correctness first; a short table last; rows for bench/results.csv and the full
@@ -85,6 +86,28 @@ step-imagenet)
     --methods kd,dfpt --pairs "torchvision:resnet34>torchvision:resnet18" --image-size 224 \
     --batch 256 --out "$out/results.csv") 2>&1 | tee "$out/step-imagenet.txt" | tail -n 30
   ;;
+# Photographs: DALI against torchvision, alone and under a training step. DALI travels as wheels and
+# is measured where it can be imported; $DATA is a folder with a folder of images for each class.
+data)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv"
+  photographs=${DATA:-$root/shared/data/jpeg-sample}
+  if [ ! -d "$photographs" ]; then
+    echo "$photographs: no such folder, expected DATA=<folder with a folder of images for each class>" >&2
+    exit 3
+  fi
+  mkdir "$path/photographs"
+  ln -s "$(realpath "$photographs")" "$path/photographs/train"
+  ln -s "$(realpath "$photographs")" "$path/photographs/val"
+  "$python" -c "import nvidia.dali as d; print('DALI', d.__version__)" 2>/dev/null \
+    || echo "DALI cannot be imported: torchvision and synthetic alone"
+  (cd "$path" && timeout 200 "$python" -m pytest -q -s --import-mode=importlib -p no:cacheprovider \
+    "$root/tests/engine/data/test_dali_gpu.py") 2>&1 | tee "$out/data-tests.txt" | tail -n 15
+  for workers in 4 16; do
+    (cd "$path" && timeout 160 "$python" -m dfptkd.bench.data --device cuda --batch 256 --rounds 3 \
+      --data.root "$path/photographs" --workers "$workers" --steps 20 --train-steps 15 \
+      --out "$out/results.csv") 2>&1 | tee "$out/data-bench-$workers.txt" | tail -n 12
+  done
+  ;;
 # Optimizers. APEX_SOURCE: a checkout of github.com/NVIDIA/apex whose CUDA extension amp_C is built
 # first (needs nvcc); without it apex is measured where it is installed already.
 optim)
@@ -116,7 +139,7 @@ EOF
     --out "$out/results.csv") 2>&1 | tee "$out/optim-bench.txt" | tail -n 30
   ;;
 *)
-  echo "usage: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|optim" >&2
+  echo "usage: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data|optim" >&2
   exit 2
   ;;
 esac

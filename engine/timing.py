@@ -34,7 +34,19 @@ def time_interleaved(
     for _ in range(rounds):
         for name, call in variants.items():
             samples[name].append(time_call(call, device))
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: spread(values) for name, values in samples.items()}
+
+
+def spread(samples: list[float]) -> Timing:
+    """Median and quintiles of samples in microseconds."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return Timing(
+        len(ordered),
+        statistics.median(ordered),
+        ordered[round(0.2 * last)],
+        ordered[round(0.8 * last)],
+    )
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> float:
@@ -73,14 +85,3 @@ def _time_cuda(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3
-
-
-def _timing(samples: list[float]) -> Timing:
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return Timing(
-        len(ordered),
-        statistics.median(ordered),
-        ordered[round(0.2 * last)],
-        ordered[round(0.8 * last)],
-    )

@@ -13,8 +13,9 @@ resizes.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +97,7 @@ class DaliSplit(Split):
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         """See `Split.batch`."""
-        (batch,) = self.stream([indices], seed=seed, epoch=epoch, workers=1, side=side)
+        (batch,) = self.stream([indices], seed=seed, epoch=epoch, side=side)
         return batch
 
     def stream(
@@ -108,25 +109,28 @@ class DaliSplit(Split):
         workers: int = 0,
         side: int | None = None,
     ) -> Iterator[Batch]:
-        """See `Split.stream`; `workers` are DALI's threads, at least one.
+        """See `Split.stream`; `workers` are DALI's threads, 0: as many as it has.
 
         Raises:
             DataError: A file cannot be read or decoded.
         """
         rows, side = [row.cpu() for row in rows], side or self.side
-        by_pillow: set[int] = set()
+        by_pillow: dict[int, str] = {}  # step -> what went wrong without
         done = 0
         while done < len(rows):
             steps = range(done, len(rows))
             try:
                 for work in self._decoded(rows, steps, by_pillow, seed, epoch, workers, side):
                     done += 1
+                    if work.step in by_pillow:
+                        warnings.warn(by_pillow[work.step], stacklevel=2)
                     yield self._batch(work, seed, epoch)
             except _DecodeError as error:
+                message = self._failure(rows[error.step], error)
                 if error.step in by_pillow:
-                    raise DataError(self._failure(rows[error.step], error)) from error
-                # names the culprit if there is one, and is as good as DALI if there is none
-                by_pillow.add(error.step)
+                    raise DataError(message) from error
+                # Pillow names the culprit if there is one, and is as good as DALI if there is none.
+                by_pillow[error.step] = message
 
     def where(self, sample: int) -> str:
         """See `Split.where`."""
@@ -146,17 +150,19 @@ class DaliSplit(Split):
         self,
         rows: Sequence[Tensor],
         steps: Sequence[int],
-        by_pillow: set[int],
+        by_pillow: Container[int],
         seed: int,
         epoch: int,
         workers: int,
         side: int,
     ) -> Iterator[_Work]:
         """Finished batches of `steps`; several are under way at any time."""
-        decoder = self._borrow(max(workers, 1), max(len(rows[step]) for step in steps))
+        decoder = self._borrow(workers, max(len(rows[step]) for step in steps))
         left = iter(steps)
         reading: deque[Future[_Work]] = deque()
         resizing: deque[_Work] = deque()
+        # what DALI resized is on the stream of whoever asked for it, and goes to nobody else
+        ahead = 0 if decoder.resize else _RESIZE_AHEAD
         readers = ThreadPoolExecutor(_READERS, "dfptkd-read")
         resizers = ThreadPoolExecutor(max(workers, 1), "dfptkd-resize")
 
@@ -172,7 +178,7 @@ class DaliSplit(Split):
                 while reading and len(decoder.busy) < _DECODE_AHEAD:
                     decoder.feed(reading.popleft().result())
                     read_next()
-                if decoder.busy and len(resizing) <= _RESIZE_AHEAD:
+                if decoder.busy and len(resizing) <= ahead:
                     resizing.append(decoder.take(resizers))
                 elif resizing:
                     yield resizing.popleft().finished()
@@ -207,13 +213,13 @@ class DaliSplit(Split):
         return batch.to(self.device)
 
     def _borrow(self, threads: int, largest_batch: int) -> _Decoder:
+        """A decoder with so many threads; 0: any number."""
         while self._idle:
             decoder = self._idle.pop()
-            if decoder.threads == threads and decoder.largest_batch >= largest_batch:
+            if threads in (0, decoder.threads) and decoder.largest_batch >= largest_batch:
                 return decoder
-        return _Decoder(
-            threads, largest_batch, self.device, self.resize_in_dali, self.crops.cut_first
-        )
+        cut_first, in_dali = self.crops.cut_first, self.resize_in_dali
+        return _Decoder(max(threads, 1), largest_batch, self.device, in_dali, cut_first)
 
     def _failure(self, indices: Tensor, error: Exception) -> str:
         names = ", ".join(self.files.where(int(sample)) for sample in indices[:_NAMED])
@@ -253,8 +259,12 @@ class _Decoder:
 
     def feed(self, work: _Work) -> None:
         """Start with a batch; at most `_DECODE_AHEAD` are under way."""
-        self._put(work)
-        self.pipeline.schedule_run()
+        try:
+            self._put(work)
+            self.pipeline.schedule_run()
+        except Exception as error:
+            self.sound = False
+            raise _DecodeError(work.step, str(error)) from error
         self.busy.append(work)
 
     def take(self, resizers: ThreadPoolExecutor) -> _Work:

@@ -100,7 +100,7 @@ class SyntheticBank(Split):
             self._banks[side] = synthetic_images(ids, ids, side, _TRAIN)
         indices = indices.to(self.device, non_blocking=True)
         _, flip = self.augmentation(indices, seed, epoch)
-        images = self._banks[side][indices % self.SIZE]
+        images = self._banks[side].index_select(0, indices % self.SIZE)
         return Batch(images, self.labels[indices], None, flip, indices)
 
     def describe(self) -> dict[str, Any]:

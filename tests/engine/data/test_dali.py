@@ -120,8 +120,8 @@ def test_odd_images_look_as_in_pillow_M25(tmp_path, crops, in_dali):
         difference = differences(a, b).float().mean((1, 2, 3))
         worst = names[int(difference.argmax())]
         assert difference.max() <= 0.6, f"{worst}: {difference.max():.2f} of 255"
-        if not in_dali:  # PyTorch's rounding, or Pillow's own resizing
-            assert differences(a, b).max() <= (1 if crops.cut_first else 0)
+        if not in_dali:  # PyTorch's rounding of two passes, or Pillow's own resizing
+            assert differences(a, b).max() <= (2 if crops.cut_first else 0)
 
 
 def test_boxes_a_pixel_off_fail_the_comparison(files, monkeypatch):
@@ -149,7 +149,7 @@ def test_photographs_look_as_in_pillow_M25(shared_data, crops):
         )
     )
     assert ours.images.shape == (40, 160, 160, 3)
-    assert differences(ours, theirs).max() <= (1 if crops.cut_first else 0)
+    assert differences(ours, theirs).max() <= (2 if crops.cut_first else 0)
     assert differences(ours, theirs).float().mean() < 0.05
     assert differences(in_dali, theirs).float().mean() < 0.25
 
@@ -188,6 +188,8 @@ def test_a_stream_closed_early_leaves_the_next_one_right(files):
         stream.close()
         assert all_same(streamed(split, rows), whole)
     assert split._idle == [decoder]
+    assert torch.equal(split.batch(rows[0], seed=3, epoch=1).images, whole[0].images)
+    assert split._idle == [decoder]
 
 
 def test_streams_that_take_turns_do_not_mix(files):
@@ -209,7 +211,7 @@ def test_another_side_needs_no_other_decoder(files):
         batches = streamed(split, rows, side=side)
         expected = make(files, cls=TorchvisionSplit).batch(rows[0], seed=3, epoch=1, side=side)
         assert batches[0].images.shape == (4, side, side, 3)
-        assert differences(batches[0], expected).max() <= 1
+        assert differences(batches[0], expected).max() <= 2
         assert len(split._idle) == 1
     decoder = split._idle[0]
     streamed(split, rows, side=40)
@@ -273,7 +275,9 @@ def test_what_dali_alone_cannot_decode_is_decoded_by_pillow(files, monkeypatch):
         dali_file, "plain_size", lambda data: Image.open(io.BytesIO(data)).size[::-1]
     )
     split = make(files)
-    assert all_same(streamed(split, rows), expected)
+    with pytest.warns(UserWarning, match=r"DALI cannot decode this batch, though Pillow can"):
+        found = streamed(split, rows)
+    assert all_same(found, expected)
     assert failed == [next(step for step, row in enumerate(rows) if 7 in row)]
     assert len(split._idle) == 1
 
