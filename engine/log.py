@@ -97,19 +97,15 @@ class RunLog:
         self, folder: Path, columns: Iterable[str], resume_step: int | None, prefix: str = ""
     ) -> None:
         self.prefix = prefix
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.columns = folder, list(columns)
         self._said: set[str] = set()
         self.console = Console(file=Terminal(self._terminal_lost), soft_wrap=True)
         self._started = time.monotonic()
         metrics, events = folder / "metrics.csv", folder / "events.jsonl"
-        kept = [] if resume_step is None else rows_until(metrics, resume_step)
-        text = self._csv(kept, header=True)
+        last = -1 if resume_step is None else resume_step
+        text = self._csv(rows_until(metrics, last), header=True)
         write_atomically(metrics, lambda path: path.write_text(text, newline=""))
-        if resume_step is None:
-            events.unlink(missing_ok=True)
-        else:
-            cut_events(events, resume_step)
+        cut_events(events, last)
         self._metrics, self._events = GrowingFile(metrics), GrowingFile(events)
         self._tensorboard: Any = None
         with self._tensorboard_may_fail():

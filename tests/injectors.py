@@ -19,6 +19,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,10 +34,14 @@ import tyro  # noqa: F401  (as the two above: loaded once, not in every child)
 from safetensors.torch import save_file
 
 from dfptkd.engine import checkpoint as checkpoint_module
+from dfptkd.engine import log as log_module
 from dfptkd.engine import train as train_module
 from dfptkd.engine.checkpoint import load_checkpoint
 from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig, from_dict
+from dfptkd.engine.errors import DfptkdError
+from dfptkd.engine.lock import RunLock
+from dfptkd.engine.log import RunLog
 from dfptkd.engine.models import create_model
 
 TIMEOUT_S = 120
@@ -99,16 +104,22 @@ def _start_server() -> None:
 
 def in_child(function: Callable[..., object], *args: Any, folder: Path) -> Ended:
     """Run a function of this module in a process of its own; `folder` takes what it prints."""
-    _start_server()
     said = folder / "child-output.txt"
-    process = _context.Process(target=_child, args=(function, args, str(said)))
-    process.start()
+    process = start(_child, function, args, str(said))
     process.join(TIMEOUT_S)
     if process.is_alive():
         process.kill()
         process.join()
         raise AssertionError(f"child hangs: {said.read_text()}")
     return Ended(process.exitcode, said.read_text(errors="replace"))
+
+
+def start(function: Callable[..., object], *args: Any) -> Any:
+    """A child that runs beside the test; its `multiprocessing` process."""
+    _start_server()
+    process = _context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
 
 
 def _child(function: Callable[..., object], args: tuple[Any, ...], said: str) -> None:
@@ -125,8 +136,9 @@ def _child(function: Callable[..., object], args: tuple[Any, ...], said: str) ->
         code = 1
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
-        except (OSError, ValueError):
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError:
             code = 120  # as Python leaves where the last flush fails
     os._exit(code if isinstance(code, int) else 0)
 
@@ -138,6 +150,19 @@ def train(config: RunConfig, *faults: Fault) -> int:
     file = Path(config.out).parent / f"{Path(config.out).name}-config.json"
     file.write_text(json.dumps({"config": train_module.to_dict(config)}))
     return main(["train", "--config", str(file)])
+
+
+def with_faults(act: Callable[[Path], None], out: Path, faults: tuple[Fault, ...]) -> int:
+    """`act` with faults; the exit code that the command line would leave with."""
+    for fault in faults:
+        fault.install()
+    try:
+        act(out)
+    except DfptkdError as error:
+        lift_size_limit()  # what it says goes into a file too
+        print(error)
+        return error.exit_code
+    return 0
 
 
 # Faults ------------------------------------------------------------------------------------------
@@ -224,7 +249,14 @@ class SizeLimit(Fault):
 
     def install(self) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
+
+
+def lift_size_limit() -> None:
+    """Undo a SizeLimit."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 @dataclass(frozen=True)
@@ -256,6 +288,14 @@ class Stdout(Fault):
 
 
 @dataclass(frozen=True)
+class PlainConsole(Fault):
+    """For negative controls: what is said goes to standard output as it is."""
+
+    def install(self) -> None:
+        log_module.Terminal = lambda _: sys.stdout
+
+
+@dataclass(frozen=True)
 class Surroundings(Fault):
     """Another time zone, locale, mask, working folder, and a clock that jumps."""
 
@@ -265,8 +305,6 @@ class Surroundings(Fault):
     clock_s: float = 0.0
 
     def install(self) -> None:
-        import time
-
         os.environ["TZ"] = self.zone
         time.tzset()
         os.umask(self.umask)
@@ -377,7 +415,7 @@ def crash_everywhere(
     Path(result).write_text(json.dumps({"crashed": crashed, "through": through}))
 
 
-def state_of_step(step: int, **more: Any) -> dict[str, Any]:
+def state_of_step(step: int, /, **more: Any) -> dict[str, Any]:
     """The least state that counts as one."""
     return {
         "step": step, "progress": {}, "scaler": {}, "alarmed": False, "data": {}, "config": {},
@@ -387,7 +425,7 @@ def state_of_step(step: int, **more: Any) -> dict[str, Any]:
 def tensors_of(value: float) -> dict[str, torch.Tensor]:
     """Small tensors of several kinds, all of which tell the value."""
     return {
-        "student.w": torch.full((4, 3), value),
+        "student.w": torch.full((4, 3), value, dtype=torch.float32),
         "meter": torch.full((), value, dtype=torch.float64),
         "rng.cpu": torch.full((5,), int(value), dtype=torch.uint8),
     }
@@ -434,17 +472,36 @@ def save_second_again_carelessly(out: Path) -> None:
 
 
 def hold_lock(folder: str, ready: str) -> None:
-    """Take the lock of a folder, say so, and hold it until killed."""
-    import time
-
-    from dfptkd.engine.lock import RunLock
-
+    """Take the lock of a folder, say so, and hold it until killed, as `kill_holder` does."""
     with RunLock(Path(folder)):
-        if os.fork() == 0:  # as a data worker: it must not keep the lock
-            time.sleep(3)
+        if os.fork() == 0:  # as a data worker does: the lock must not live as long as this one
+            time.sleep(5)
             os._exit(0)
         Path(ready).touch()
         time.sleep(TIMEOUT_S)
+
+
+def kill_holder(process: Any) -> None:
+    """SIGKILL for the process, not for what it has forked."""
+    process.kill()
+    process.join()
+
+
+def hang_up(terminal: str, out: str) -> None:
+    """A progress bar on a terminal, for longer than the terminal lives."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handle = os.open(terminal, os.O_RDWR)
+    os.dup2(handle, 1)
+    sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    os.environ["TERM"] = "xterm"
+    log = RunLog(Path(out), ["epoch", "step"], None)
+    with log.progress(100, 0, 8) as line:
+        for step in range(100):
+            time.sleep(0.01)
+            line.update(step / 10, step, {"loss/total": 1.0})
+    log.row({"epoch": 1, "step": 100})
+    log.say("end")
+    log.close()
 
 
 # What is compared --------------------------------------------------------------------------------
@@ -471,8 +528,9 @@ def differences(a: Path, b: Path, step: int) -> list[str]:
         state = json.loads(json.dumps(end.state))
         for clock in ("seconds", "speeds"):
             state["progress"].pop(clock)
-        for place in ("out", "resume"):
+        for place in ("out", "max_steps"):
             state["config"].pop(place)
+        state["config"]["teacher"].pop("weights")
         states.append(state)
     found += [f"state {k}" for k in states[0] if states[0][k] != states[1].get(k)]
     return found + (["metrics.csv"] if metric_rows(a) != metric_rows(b) else [])
