@@ -24,6 +24,7 @@ from .files import first_line
 LOCK_NAME = ".lock"
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 _NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_ATTEMPTS = 100
 _held: set[int] = set()
 
 
@@ -56,7 +57,6 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._handle = self._open_locked()
         except OSError as error:
             raise StorageError(f"{self.path}: could not be locked: {first_line(error)}") from error
@@ -81,7 +81,7 @@ class RunLock:
     def _open_locked(self) -> int | None:
         """The lock file, locked and with our name in it; None where locks are not supported."""
         while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = self._open()
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -104,6 +104,17 @@ class RunLock:
             os.truncate(handle, 0)
             os.write(handle, json.dumps(holder).encode())
         return handle
+
+    def _open(self) -> int:
+        """The lock file, in a folder that one who leaves may just be removing."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except (FileNotFoundError, FileExistsError):
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     def _is_current(self, handle: int) -> bool:
         """Whether the locked file is the one that the path names."""

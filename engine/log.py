@@ -3,11 +3,15 @@
 run.json        resolved configuration, versions, hardware, cost; usable as --config
 metrics.csv     one row an evaluation        tensorboard/  the same figures
 status.json     where the run stands         events.jsonl  what happened, one object a line
+
+None of it is worth a training: where the terminal has gone, the disk under the log is full or
+TensorBoard fails, that is said once, where somebody may still read it, and the run goes on.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -15,17 +19,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import StorageError
-from .files import write_atomically
+from .files import first_line, write_atomically
 
 _REFRESH_S = 0.5  # how often a progress line reads the device
 _PLAIN_LINE_S = 20.0  # how often a run without a terminal says that it is alive
@@ -82,9 +86,12 @@ class RunLog:
     Args:
         folder: The run folder; made if absent.
         columns: Columns of metrics.csv.
-        resume_step: Step that the run goes on from: rows written after it are cut, so that none
-            is doubled.
+        resume_step: Step that the run goes on from: rows and events written after it are cut, so
+            that none is doubled.
         prefix: Put before every line on the terminal.
+
+    Raises:
+        StorageError: The files of an earlier start cannot be rewritten.
     """
 
     def __init__(
@@ -93,31 +100,30 @@ class RunLog:
         self.prefix = prefix
         self._status: dict[str, Any] = {}
         self._status_lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.columns = folder, list(columns)
-        self.console = Console(soft_wrap=True)
+        self._said: set[str] = set()
+        self.console = Console(file=Terminal(self._terminal_lost), soft_wrap=True)
         self._started = time.monotonic()
-        rows = [] if resume_step is None else self._rows_until(resume_step)
-        with open(folder / "metrics.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+        metrics, events = folder / "metrics.csv", folder / "events.jsonl"
+        last = -1 if resume_step is None else resume_step
+        text = self._csv(rows_until(metrics, last), header=True)
+        write_atomically(metrics, lambda path: path.write_text(text, newline=""))
+        cut_events(events, last)
+        self._metrics, self._events = GrowingFile(metrics), GrowingFile(events)
+        self._tensorboard: Any = None
+        with self._tensorboard_may_fail():
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def _csv(self, rows: Iterable[dict[str, Any]], *, header: bool = False) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
+        if header:
             writer.writeheader()
-            writer.writerows(rows)
-        if resume_step is None:
-            (folder / "events.jsonl").unlink(missing_ok=True)
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = None if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-
-    def _rows_until(self, step: int) -> list[dict[str, str]]:
-        try:
-            with open(self.folder / "metrics.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
-        except OSError:
-            return []
-        return [
-            row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= step
-        ]
+        writer.writerows(rows)
+        return text.getvalue()
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
@@ -131,18 +137,50 @@ class RunLog:
     def event(self, kind: str, message: str, step: int = 0) -> None:
         """Append to events.jsonl."""
         entry = {"time": time.time(), "step": step, "kind": kind, "message": message}
-        with open(self.folder / "events.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._append(self._events, json.dumps(entry) + "\n")
 
     def row(self, row: dict[str, float]) -> None:
         """Append to metrics.csv and to the TensorBoard file."""
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
-            writer.writerow({k: f"{v:.6g}" if k != "step" else v for k, v in row.items()})
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                self._tensorboard.add_scalar(name, value, row["step"])
-        self._tensorboard.flush()
+        cells = {k: f"{v:.6g}" if k != "step" else v for k, v in row.items()}
+        self._append(self._metrics, self._csv([cells]))
+        with self._tensorboard_may_fail():
+            for name, value in row.items():
+                if name not in ("step", "epoch") and self._tensorboard is not None:
+                    self._tensorboard.add_scalar(name, value, row["step"])
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
+
+    def _append(self, file: GrowingFile, lines: str) -> None:
+        error = file.append(lines)
+        if error is not None:
+            self._warn_once(
+                f"log:{file.path.name}",
+                f"{file.path}: could not be written ({first_line(error)}): its lines are held back "
+                "until the disk takes them",
+            )
+
+    def _terminal_lost(self, error: Exception) -> None:
+        self._warn_once(
+            "terminal", f"the terminal is gone ({first_line(error)}): the run goes on unheard"
+        )
+
+    @contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Inside, whatever TensorBoard raises ends TensorBoard alone."""
+        try:
+            yield
+        except Exception as error:  # its writer hands on anything that its thread met
+            self._tensorboard = None
+            self._warn_once(
+                "tensorboard",
+                f"{self.folder / 'tensorboard'}: no longer written ({first_line(error)}); "
+                "metrics.csv has the same figures",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self.warn(kind, message)
 
     def record(self, values: dict[str, Any]) -> None:
         """Write run.json."""
@@ -152,7 +190,10 @@ class RunLog:
         """Replace status.json."""
         with self._status_lock:
             self._status = values
-            self._write_status()
+            try:
+                self._write_status()
+            except StorageError as error:
+                self._warn_once("log:status.json", f"{error}: it shows an earlier state")
 
     def beat(self, phase: str) -> None:
         """Renew the time in status.json, and say what the run is at; from any thread."""
@@ -165,7 +206,9 @@ class RunLog:
 
     def close(self) -> None:
         """Close the TensorBoard file."""
-        self._tensorboard.close()
+        with self._tensorboard_may_fail():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     @contextmanager
     def progress(self, total_steps: int, done: int, batch: int) -> Iterator[ProgressLine]:
@@ -216,6 +259,131 @@ class SilentLog(RunLog):
     def progress(self, total_steps: int, done: int, batch: int) -> Iterator[ProgressLine]:
         """A line that is never due."""
         yield SilentLine(None, self, total_steps, done, batch)
+
+
+class Terminal:
+    """Standard output as a stream that never fails.
+
+    Args:
+        lost: Told the error once, when writing fails for the first time; from then on everything
+            goes nowhere.
+    """
+
+    def __init__(self, lost: Callable[[Exception], None]) -> None:
+        self._lost, self._gone = lost, False
+
+    @property
+    def encoding(self) -> str:
+        """Of standard output."""
+        return getattr(self._stream(), "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write, or not; characters that a terminal does not know become question marks."""
+        out, encoding = self._stream(), self.encoding
+        if out is not None:
+            self._try(out, lambda: out.write(text.encode(encoding, "replace").decode(encoding)))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        out = self._stream()
+        if out is not None:
+            self._try(out, out.flush)
+
+    def isatty(self) -> bool:
+        """Whether somebody looks."""
+        out = self._stream()
+        try:
+            return out is not None and out.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def fileno(self) -> int:
+        """Of standard output, for its width; an OSError where there is none."""
+        out = self._stream()
+        if out is None:
+            raise OSError("no standard output")
+        return out.fileno()
+
+    def _stream(self) -> IO[str] | None:
+        """Standard output as it is now; None where the process has none, or has lost it."""
+        # While a bar is shown, rich puts a stream that ends here in its place.
+        return None if self._gone else getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def _try(self, out: IO[str], write: Callable[[], object]) -> None:
+        try:
+            write()
+        except (OSError, ValueError) as error:  # ValueError: closed from within
+            self._gone = True
+            with suppress(OSError, ValueError):
+                # What is still in its buffer would otherwise fail again when the process ends.
+                handle = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(handle, out.fileno())
+                os.close(handle)
+            self._lost(error)
+
+
+class GrowingFile:
+    """A text file that grows by whole lines only, also on a disk that is full for a while."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._waiting = path, ""
+
+    def append(self, lines: str) -> OSError | None:
+        """Write lines, and those that were refused before; the error if the disk refuses again."""
+        self._waiting += lines
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with open(self.path, "a", newline="", encoding="utf-8") as file:
+                    file.write(self._waiting)
+            except OSError:
+                os.truncate(self.path, size)  # a part of them may have found room
+                raise
+        except OSError as error:
+            return error
+        self._waiting = ""
+        return None
+
+
+def rows_until(path: Path, step: int) -> list[dict[str, str]]:
+    """The rows of a metrics.csv up to a step, without what a crash has cut or mixed up."""
+    rows: list[list[str]] = []
+    for line in _whole_lines(path):
+        with suppress(csv.Error):
+            rows += csv.reader([line])
+    header = rows[0] if rows else []
+    found = [dict(zip(header, row, strict=True)) for row in rows[1:] if len(row) == len(header)]
+    return [row for row in found if _is_up_to(row.get("step"), step)]
+
+
+def cut_events(path: Path, step: int) -> None:
+    """Leave those events of an events.jsonl that happened up to a step, whole lines only.
+
+    Raises:
+        StorageError: The disk refused; the file is as it was.
+    """
+    kept = []
+    for line in _whole_lines(path):
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and _is_up_to(str(event.get("step")), step):
+                kept.append(line + "\n")
+    if path.exists():
+        write_atomically(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+
+
+def _is_up_to(cell: str | None, step: int) -> bool:
+    return cell is not None and cell.isdecimal() and len(cell) < 19 and int(cell) <= step
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end: the writer ends each one, so the rest is half of one."""
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line.rstrip("\r") for line in text.split("\n")[:-1]]
 
 
 class ProgressLine:
