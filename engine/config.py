@@ -42,6 +42,10 @@ class DataConfig:
     """Side of the images in pixels (image files and synthetic data; the others have their own)."""
     num_classes: int = 100
     """Number of classes of synthetic data; the others count their own."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, pixels in 0..1 (image files); absent: ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, pixels in 0..1 (image files); absent: ImageNet's."""
     crop_padding: int | None = None
     """Zero padding in pixels of the random crop of small images; absent: 4, Fashion-MNIST 2."""
     flip: bool = True
@@ -83,6 +87,12 @@ class DataConfig:
         _require(
             self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels"
         )
+        for name, low in (("mean", -0.001), ("std", 0.0)):
+            value = getattr(self, name)
+            _require(
+                value is None or (len(value) == 3 and all(low < v <= 1 for v in value)),
+                f"data.{name}", value, "three numbers, pixels in 0..1",
+            )  # fmt: skip
         _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         _require(self.timeout >= 0, "data.timeout", self.timeout, "0 or more seconds")

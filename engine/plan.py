@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .config import RunConfig
-from .data import steps_per_epoch
+from .data import SOURCES, steps_per_epoch
 from .data.facts import DataFacts, data_facts
 from .errors import StorageError
 from .log import clock, hardware
@@ -281,7 +281,7 @@ def _probe_notes(config: RunConfig, probe: Probe) -> Iterator[str]:
         )
     if len(probe.steps) < 4:
         yield f"time: the median of {len(probe.steps)} steps alone"
-    if config.data.name == "folder":
+    if config.data.name in SOURCES:
         yield "time: without decoding, which runs beside the steps and must keep up with them"
 
 

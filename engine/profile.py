@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .alarms import overhead_warning
 from .config import RunConfig
 from .counting import StepWork, Work, count_work
-from .data import Batch, ImageData, steps_per_epoch, train_batches
+from .data import SOURCES, Batch, ImageData, steps_per_epoch, train_batches
 from .data.facts import KNOWN
 from .data.source import Augmentation, ResidentSplit
 from .errors import UsageError
@@ -376,7 +376,7 @@ def random_images(config: RunConfig, device: torch.device) -> ImageData:
 def make_setting(config: RunConfig, device: torch.device, rounds: int) -> tuple[Setting, list[str]]:
     """The run with a batch that the device can afford, and what there is to say about that."""
     notes = []
-    kind = "JPEG decoding is no part of it" if config.data.name == "folder" else "nothing is read"
+    kind = "JPEG decoding is no part of it" if config.data.name in SOURCES else "nothing is read"
     notes.append(f"data: random images that lie on the device, {kind}; the weights are random")
     wanted = config.global_batch
     batch = wanted if device.type == "cuda" else affordable_batch(config, device, rounds)

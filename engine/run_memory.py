@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checkpoint import optimizer_tensors
 from .config import RunConfig, StepConfig
-from .data import Batch
+from .data import SOURCES, Batch
 from .data.facts import DataFacts
 from .memory import Growth, kept_bytes, measure_growth, storage_bytes
 from .metrics import normaliser, path_divergence
@@ -210,7 +210,7 @@ class MemoryModel:
 
     def _decoded(self, batch: int) -> int:
         """Raw batches that the decoding processes have ready: two each, in the CPU's memory."""
-        if self.config.data.name != "folder" or self.device.type != "cpu":
+        if self.config.data.name not in SOURCES or self.device.type != "cpu":
             return 0
         return 2 * self.config.data.workers * batch * 3 * self.facts.image_size**2
 

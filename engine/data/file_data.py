@@ -15,7 +15,7 @@ from ..memory import available_bytes
 from .crops import CenterCrop, Crops, RandomResizedCrop, StretchedCrop, WholeImage
 from .cub200 import find_cub200
 from .folder import find_folder
-from .image_files import ImageFiles
+from .image_files import FileSet, ImageFiles
 from .imagenet import find_imagenet
 from .quarantine import check_share, find_quarantine
 from .source import (
@@ -57,7 +57,7 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
         UsageError: A loader that is not there, or does not apply.
     """
     loader = choose_loader(config)
-    found = _FIND[config.name](config)
+    found = find_files(config)
     quarantine, path = find_quarantine(found.root, config.quarantine)
     train_limit, test_limit = split_limits(config)
     train = _limited(found.train, train_limit)
@@ -89,8 +89,8 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
         num_classes=len(found.class_names),
         class_names=found.class_names,
         image_size=(config.image_size, config.image_size),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=config.mean or IMAGENET_MEAN,  # type: ignore[arg-type]
+        std=config.std or IMAGENET_STD,  # type: ignore[arg-type]
         pipeline={
             **splits["train"].describe(),
             "train_files": train.fingerprint()[:16],
@@ -99,6 +99,15 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
         notes=notes,
         skipped_test=skipped,
     )
+
+
+def find_files(config: DataConfig) -> FileSet:
+    """The samples of a data set of image files, none of them read.
+
+    Raises:
+        DataError: Files, classes or labels are missing or contradict each other.
+    """
+    return _FIND[config.name](config)
 
 
 def choose_loader(config: DataConfig) -> str:

