@@ -22,6 +22,7 @@ from .alarms import (
     teacher_warning,
 )
 from .errors import DataError
+from .files import first_line
 
 RUN_FORMAT = "dfptkd.run/1"
 # Events that tell of a failure signature, with the words for it; the others tell what happened.
@@ -183,6 +184,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: corrupt at line {error.lineno}: expected JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -220,7 +223,7 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_complete_lines(_read_text(path)), start=1):
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             event = None
         if not isinstance(event, dict):
             raise DataError(f"{path}: corrupt at line {number}: expected a JSON object")
