@@ -80,17 +80,13 @@ def attacks(marker: Path) -> dict[str, bytes]:
     return found
 
 
-def read_carelessly(content: bytes) -> None:
-    try:
-        pickle.loads(content)
-    except pickle.UnpicklingError:
-        torch.load(io.BytesIO(content), weights_only=False)
-
-
 def test_row_17_control_the_attacks_work(tmp_path):
-    for number, content in enumerate(attacks(tmp_path / "marker").values()):
-        read_carelessly(content)
-        assert (tmp_path / "marker").is_dir(), number
+    for name, content in attacks(tmp_path / "marker").items():
+        if name.startswith("torch"):
+            torch.load(io.BytesIO(content), weights_only=False)
+        else:
+            pickle.loads(content)
+        assert (tmp_path / "marker").is_dir(), name
         (tmp_path / "marker").rmdir()
 
 
