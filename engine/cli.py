@@ -12,7 +12,6 @@ import difflib
 import errno
 import importlib
 import io
-import json
 import os
 import re
 import signal
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig, from_dict
-from .errors import DataError, DfptkdError, Stopped, StorageError, UsageError
+from .errors import DfptkdError, Stopped, StorageError, UsageError
+from .files import read_json
 from .log import complain
 
 VERBS = {
@@ -293,14 +293,13 @@ def _take_flag(args: list[str], name: str) -> bool:
 
 def _read_config(path: Path) -> RunConfig:
     """A RunConfig out of a run.json, or out of a file that holds the configuration alone."""
+    values = read_json(path, "a run.json")
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: expected a run.json: {reason}") from None
-    return from_dict(
-        RunConfig, values.get("config", values) if isinstance(values, dict) else values
-    )
+        return from_dict(
+            RunConfig, values.get("config", values) if isinstance(values, dict) else values
+        )
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def _with_method(config: RunConfig, method: str) -> RunConfig:

@@ -541,7 +541,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if value is None:
             return None
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # Larger whole numbers have no float.
+        if isinstance(value, float) or (type(value) is int and abs(value) < 1 << 1023):
             return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):

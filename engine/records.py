@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .alarms import (
     teacher_warning,
 )
 from .errors import DataError
+from .files import first_line
 
 RUN_FORMAT = "dfptkd.run/1"
 # Events that tell of a failure signature, with the words for it; the others tell what happened.
@@ -30,6 +31,76 @@ SIGNATURES = {
     "overhead": "overhead",
     "fusion_missing": "fusion missing",
     "teacher_below_expectation": "teacher below expectation",
+}
+
+
+Check = Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # neither NaN nor infinite
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is(kind: type) -> Check:
+    return lambda value: isinstance(value, kind)
+
+
+def _maybe(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _each(kind: type | tuple[type, ...], check: Check) -> Check:
+    def holds(value: Any) -> bool:
+        inside = value.values() if isinstance(value, dict) else value
+        return isinstance(value, kind) and all(map(check, inside))
+
+    return holds
+
+
+# Keys of run.json and status.json that are read anywhere, an outer one before its inner ones: what
+# each must be where it is there, and the words for it. A file of another version may lack some.
+_OBJECT, _NUMBERS = (
+    (_maybe(_is(dict)), "an object"),
+    (_maybe(_each(dict, _maybe(_is_number))), "numbers"),
+)
+_NUMBER, _TEXT = (_maybe(_is_number), "a number"), (_maybe(_is(str)), "a text")
+_RUN_KEYS: dict[str, tuple[Check, str]] = {
+    "config.recipe": (_is(str), "a str"),
+    "config.method": (_is(str), "a str"),
+    "config.seed": (lambda v: type(v) is int and 0 <= v < 1 << 63, "an int"),
+    "config.epochs": (_is_count, "an int of 1 or more"),
+    "config.student": _TEXT,
+    "config.loss": _OBJECT,
+    "config.prompt": _OBJECT,
+    "config.data": _OBJECT,
+    "config.teacher": _OBJECT,
+    "hardware": _OBJECT,
+    "versions": _OBJECT,
+    "cost": _NUMBERS,
+    "teacher": _OBJECT,
+    "teacher.name": _TEXT,
+    "teacher.sha256": _TEXT,
+    "teacher.top1": _NUMBER,
+    "teacher.expected_top1": _NUMBER,
+    "not_known_from_paper": (_maybe(_each((dict, list), lambda _: True)), "an object or a list"),
+    "warnings": (_maybe(_each(list, _is(str))), "a list of texts"),
+    "data": _OBJECT,
+    "data.name": _TEXT,
+    "data.num_classes": (_is_count, "a number of classes"),
+    "data.image_size": (_each(list, _is_count), "height and width"),
+    "data.mean": (_each(list, _is_number), "a list of numbers"),
+    "data.std": (_each(list, _is_number), "a list of numbers"),
+    "data.class_names": (_maybe(_each(list, _is(str))), "a list of names"),
+}
+_STATUS_KEYS: dict[str, tuple[Check, str]] = {
+    "state": _TEXT,
+    "last": _NUMBERS,
+    "best": _NUMBERS,
+    **dict.fromkeys(("epoch", "step", "total_steps", "seconds", "images_per_second"), _NUMBER),
 }
 
 
@@ -108,13 +179,15 @@ def read_run(folder: Path) -> RunRecord:
     config = run.get("config")
     if run.get("format") != RUN_FORMAT or not isinstance(config, dict):
         raise DataError(f"{folder / 'run.json'}: not a run record: expected format {RUN_FORMAT!r}")
-    for key, kind in (("recipe", str), ("method", str), ("seed", int), ("epochs", int)):
-        if not isinstance(config.get(key), kind):
-            raise DataError(f"{folder / 'run.json'}: config.{key}: expected a {kind.__name__}")
+    for key in ("recipe", "method", "seed", "epochs"):
+        config.setdefault(key, None)  # refused below
+    status = _read_json(folder / "status.json")
+    _check(run, _RUN_KEYS, folder / "run.json")
+    _check(status, _STATUS_KEYS, folder / "status.json")
     return RunRecord(
         folder=folder,
         run=run,
-        status=_read_json(folder / "status.json"),
+        status=status,
         metrics=_read_metrics(folder / "metrics.csv"),
         events=_read_events(folder / "events.jsonl"),
     )
@@ -169,6 +242,21 @@ def _computed_signatures(record: RunRecord) -> Iterator[tuple[str, str]]:
             yield "teacher below expectation", message
 
 
+def _check(values: dict[str, Any], keys: dict[str, tuple[Check, str]], path: Path) -> None:
+    """Refuse a file in which something that is read is not what it should be.
+
+    Raises:
+        DataError: It names the key.
+    """
+    for dotted, (check, expected) in keys.items():
+        *outer, name = dotted.split(".")
+        inside = values
+        for key in outer:
+            inside = inside.get(key) or {}
+        if name in inside and not check(inside[name]):
+            raise DataError(f"{path}: {dotted}: expected {expected}")
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -183,6 +271,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: corrupt at line {error.lineno}: expected JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -220,7 +310,7 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_complete_lines(_read_text(path)), start=1):
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             event = None
         if not isinstance(event, dict):
             raise DataError(f"{path}: corrupt at line {number}: expected a JSON object")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 from torch import nn
 
 from .config import RunConfig
 from .errors import DataError
+from .files import read_json
 
 WEIGHTS_FILE = "teacher.safetensors"
 
@@ -58,9 +58,9 @@ def find_teacher(config: RunConfig) -> Path | None:
     found = []
     for weights in Path(config.out_root).glob(f"*/{WEIGHTS_FILE}"):
         try:
-            run = json.loads((weights.parent / "run.json").read_text())["config"]
+            run = read_json(weights.parent / "run.json", "a run.json")["config"]
             same = run["student"] == config.teacher.name and run["data"]["name"] == config.data.name
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, DataError, LookupError, TypeError):
             continue
         if same:
             found.append((weights.stat().st_mtime, weights))
