@@ -793,25 +793,23 @@ class Trainer:
             "versions": versions(),
             "world_size": self.world.size,
         }
-        self.world.of_main(self.warn_of_failed_save)
+        self.world.of_main(self.settle_last_save)
         if self.world.is_main:
             self.writer.save(tensors, state, is_best=is_best)
         self.saved_step, self.last_save = self.progress.step, time.monotonic()
 
-    def warn_of_failed_save(self) -> None:
-        """Say, in rank 0, that a checkpoint could not be written; the next one may be.
+    def settle_last_save(self) -> None:
+        """Wait, in rank 0, for the checkpoint before; say if it could not be written.
 
         Raises:
             StorageError: The run is to stop then.
         """
-        error = self.writer.poll()
-        if error is None:
-            return
-        if not isinstance(error, StorageError):
-            raise error
-        if self.config.on_storage_error == "stop":
-            raise error
-        self.log.warn("checkpoint_failed", f"{error}; the run goes on", self.progress.step)
+        try:
+            self.writer.finish()
+        except StorageError as error:
+            if self.config.on_storage_error == "stop":
+                raise
+            self.log.warn("checkpoint_failed", f"{error}; the run goes on", self.progress.step)
 
     def finish_saving(self) -> None:
         """Wait for the last checkpoint.

@@ -91,7 +91,7 @@ def test_row_15_space_is_asked_for_before_anything_is_written(tmp_path):
 
 
 def test_row_15_training_that_cannot_save_leaves_with_5_and_its_last_checkpoint(tmp_path):
-    config = tiny_config(tmp_path / "a", epochs=3)
+    config = tiny_config(tmp_path / "a", epochs=3, on_storage_error="stop")
     full = Refuse("save_file", errno.ENOSPC, "step-8")
     ended = in_child(train, config, full, folder=tmp_path)
     assert ended.code == StorageError.exit_code
