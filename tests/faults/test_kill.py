@@ -55,7 +55,8 @@ def test_row_1_killed_at_random_points_a_run_ends_where_it_would_have(
         died += 1
         newest = newest_checkpoint(tmp_path / "killed/checkpoints", pytest.fail)
         done = 0 if newest is None else newest.step
-        assert step - done <= STEPS_PER_EPOCH  # no more work lost than a checkpoint's interval
+        # no more work lost than a checkpoint's interval, and that of the one being written
+        assert step - done <= 2 * STEPS_PER_EPOCH
     assert died >= kills * 3 // 4
     assert in_child(train, killed, folder=tmp_path).code == 0
     assert differences(tmp_path / "whole", tmp_path / "killed", end) == []
