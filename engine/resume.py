@@ -12,7 +12,6 @@ from .checkpoint import (
     checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    read_index,
     remove_leftovers,
 )
 from .config import RunConfig, to_dict
@@ -93,7 +92,7 @@ def find_checkpoint(config: RunConfig, out: Path, warn: Callable[[str], None]) -
     if config.resume != "auto":
         path = Path(config.resume)
         if checkpoints(path / "checkpoints"):
-            path = path / "checkpoints" / read_index(path / "checkpoints")["last"]
+            return newest_checkpoint(path / "checkpoints", warn)
         return load_checkpoint(path)
     return newest_checkpoint(folder, warn)
 

@@ -772,16 +772,9 @@ class Trainer:
         """
         if self.saved_step == self.progress.step:
             return
-        step = self.step
-        tensors = {
-            **self.method.trained_state(),
-            **optimizer_tensors(step.optimizer),
-            "skipped": step.gate.counts[:2],
-        }
+        step, tensors = self.step, self.all_tensors()
         for rank, own in enumerate(self.world.gather_tensors(self.own_state())):
             tensors |= {f"{own_prefix(rank)}{name}": value for name, value in own.items()}
-        if step.ema is not None:
-            tensors |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
         state = {
             "step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
@@ -797,6 +790,17 @@ class Trainer:
         if self.world.is_main:
             self.writer.save(tensors, state, is_best=is_best)
         self.saved_step, self.last_save = self.progress.step, time.monotonic()
+
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        """What the processes have in common, and `own_state` of this one."""
+        ema = {} if self.step.ema is None else self.step.ema.state_dict()
+        return {
+            **self.method.trained_state(),
+            **optimizer_tensors(self.step.optimizer),
+            **{f"ema.{name}": value for name, value in ema.items()},
+            "skipped": self.step.gate.counts[:2],
+            **self.own_state(),
+        }
 
     def settle_last_save(self) -> None:
         """Wait, in rank 0, for the checkpoint before; say if it could not be written.
@@ -847,11 +851,13 @@ class Trainer:
         state, step = checkpoint.state, self.step
         ours = {"data": self.data_identity(), "teacher_sha256": self.teacher_sha256}
         check_same_state(checkpoint, ours)
+        ranks = [f"rank{r}" for r in range(max(state.get("world_size", 1), self.world.size))]
+        checkpoint.check_tensors(self.all_tensors(), optional=("rng", "optimizer", *ranks))
         self.restore_networks(checkpoint)
         step.restore(state["step"])
         step.gate.counts[:2] = checkpoint.tensors["skipped"]
         self.restore_own_state(checkpoint)
-        self.progress = Progress(**state["progress"])
+        self.progress = checkpoint.part("progress", Progress)
         self.alarmed = state["alarmed"]
         # An epoch that was saved at its edge is still to be evaluated, and then saved again.
         is_complete = checkpoint.path.parent.parent == self.out and not step.meter.num_images()
@@ -940,7 +946,8 @@ def pick_device(config: RunConfig, world: World = SINGLE) -> torch.device:
 
 def prepare_torch(config: RunConfig) -> None:
     """Process-wide switches."""
-    torch.use_deterministic_algorithms(config.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
+        torch.use_deterministic_algorithms(config.deterministic)  # imports torch's compiler: 2 s
     torch.backends.cudnn.benchmark = not config.deterministic
 
 
@@ -951,7 +958,7 @@ def end_step(config: RunConfig, total_steps: int) -> int:
 
 def already_done(out: Path, checkpoint: Checkpoint, world: World = SINGLE) -> RunResult:
     """Report a finished run; nothing is written."""
-    progress = Progress(**checkpoint.state["progress"])
+    progress = checkpoint.part("progress", Progress)
     top1 = progress.last.get("student_top1", math.nan)
     if world.is_main:
         print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %")
