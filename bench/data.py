@@ -25,9 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ..engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
-from ..engine.data import Batch, ImageData, load_data
+from ..engine.data import Batch, ImageData, epoch_rows, load_data, steps_per_epoch
 from ..engine.data.file_data import SOURCES, choose_loader
-from ..engine.data.order import epoch_order
 from ..engine.errors import UsageError
 from ..engine.stand_in import build_step
 from ..engine.step import TrainStep
@@ -76,9 +75,10 @@ class Walk:
     def rows(self, steps: int) -> list[Tensor]:
         """int64 [B], sample numbers of each of `steps` batches."""
         batch, count = self.setting.batch, len(self.split)
-        epochs = -(-steps * batch // count)
-        order = torch.cat([epoch_order(0, epoch, count) for epoch in range(epochs)])
-        return list(order[: steps * batch].split(batch))
+        per_epoch = steps_per_epoch(count, batch)
+        epochs = range(-(-steps // per_epoch))
+        walked = [epoch_rows(self.split, batch_size=batch, seed=0, epoch=e) for e in epochs]
+        return [rows for epoch in walked for rows in epoch][:steps]
 
     def batches(self, steps: int) -> Iterator[Batch]:
         """One more than `steps`: the first one is there to start what makes the others."""

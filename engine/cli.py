@@ -117,7 +117,7 @@ def _train(args: list[str]) -> int:
     )
     for planned in [config, *([teacher_run(config)] if makes_teacher else [])]:
         device = check_machine(planned, world)
-    with world.connected(device):
+    with world.connected(device, config.step.timeout):
         if makes_teacher and world.of_main(lambda: find_teacher(config) is None):
             run(teacher_run(config), world)
         run_seeds(config, world)
@@ -386,6 +386,11 @@ def _eval(args: list[str]) -> int:
     )
     parser.add_argument("--data.root", dest="root", help="folder of the data; absent: DFPTKD_DATA")
     parser.add_argument("--data.limit", dest="limit", type=int, help="images, even over classes")
+    parser.add_argument("--data.loader", dest="loader", help="auto, dali, torchvision or device")
+    parser.add_argument("--data.quarantine", dest="quarantine", help="list by verify-data")
+    parser.add_argument(
+        "--data.skip-quarantined", dest="skip", action="store_true", help="leave them out, say so"
+    )
     parser.add_argument("--batch", type=int, default=256, help="images in a step")
     parser.add_argument("--device", help="cpu or cuda; absent: cuda where there is one")
     options = _parse(parser, args)
@@ -397,6 +402,9 @@ def _eval(args: list[str]) -> int:
         options.checkpoint,
         root=options.root,
         limit=options.limit,
+        loader=options.loader,
+        quarantine=options.quarantine,
+        skip_quarantined=options.skip,
         batch_size=options.batch,
         device=options.device,
     )

@@ -47,7 +47,8 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, pixels in 0..1 (image files); absent: ImageNet's."""
     crop_padding: int | None = None
-    """Zero padding in pixels of the random crop of small images; absent: 4, Fashion-MNIST 2."""
+    """Zero padding in pixels of the random crop of small images; absent: 4, Fashion-MNIST 2, image
+    files on the device an eighth of their side."""
     flip: bool = True
     """Flip half of the training images left to right."""
     workers: int = 2

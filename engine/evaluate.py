@@ -36,6 +36,9 @@ def evaluate_checkpoint(
     *,
     root: str | None = None,
     limit: int | None = None,
+    loader: str | None = None,
+    quarantine: str | None = None,
+    skip_quarantined: bool = False,
     batch_size: int = 256,
     device: str | None = None,
 ) -> EvalResult:
@@ -45,6 +48,9 @@ def evaluate_checkpoint(
         path: Run folder, or `checkpoints/step-N` in one.
         root: Folder of the data; absent: as the run had it.
         limit: Most test images; absent: as the run had it.
+        loader: What decodes image files; absent: as the run had it.
+        quarantine: List by verify-data; absent: as the run had it.
+        skip_quarantined: Leave out the images on it, and say so.
         batch_size: Images in a step.
         device: cpu or cuda; absent: cuda where there is one.
 
@@ -54,7 +60,12 @@ def evaluate_checkpoint(
     source = read_source(path)
     config = from_dict(RunConfig, source.record.run["config"])
     where = pick_device(dataclasses.replace(config, device=device))
-    options = {"root": root or config.data.root, "limit": limit or config.data.limit}
+    given = {
+        "root": root, "limit": limit, "loader": loader, "quarantine": quarantine,
+        "skip_quarantined": skip_quarantined or None,
+    }  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    options["keep_test"] = False  # it is read once
     data = load_data(dataclasses.replace(config.data, **options), where)
     if data.num_classes != source.data["num_classes"]:
         raise DataError(

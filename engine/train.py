@@ -621,6 +621,7 @@ class Trainer:
     def check_streak(self, counts: SkipCounts | None) -> None:
         """Within an epoch: as `check_skips`, without waiting for the device."""
         if counts is not None and self.are_too_many(counts):
+            self.step.join()
             self.go_back(self.step.gate.read())
 
     def are_too_many(self, counts: SkipCounts) -> bool:
@@ -686,7 +687,9 @@ class Trainer:
         epoch, place = divmod(counts.last, self.per_epoch)
         rows = self.batches.rows(epoch, place)
         seeds = {"seed": self.config.seed, "order_seed": self.batches.seed}
-        batch = self.data.train.batch(rows, seed=self.batches.seed, epoch=epoch)
+        batch = self.data.train.batch(
+            rows, seed=self.batches.seed, epoch=epoch, side=self.side_of(epoch)
+        )
         own = {
             "samples": rows.tolist(),
             "names": [self.data.train.where(int(sample)) for sample in rows],

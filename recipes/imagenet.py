@@ -11,7 +11,7 @@ The 16-epoch recipes, `..._16ep`, are distillation on a small budget, after the 
 of github.com/libffcv/ffcv-imagenet (rn18_configs/rn18_16_epochs.yaml; 66.9 % top-1 without a
 teacher, by its README). Taken over: batch 1024, learning rate 0.5 at that batch, rising over 2
 epochs and then falling in a line to 0, weight decay 5e-5 and none on normalisations, label
-smoothing 0.1, 160 pixels for 11 epochs and larger images from epoch 13 on. What differs: the
+smoothing 0.1, 160 pixels for 12 epochs and larger images from epoch 12 on. What differs: the
 teacher; the images grow to the 224 pixels of the tables, at which the networks are tested too, in
 place of 192 and a test at 256; biases, which there are the last layer's alone, go without decay;
 no BlurPool in the student, no averaging over flipped test images.

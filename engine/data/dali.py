@@ -132,6 +132,10 @@ class DaliSplit(Split):
                 # Pillow names the culprit if there is one, and is as good as DALI if there is none.
                 by_pillow[error.step] = message
 
+    def release(self) -> None:
+        """See `Split.release`."""
+        self._idle.clear()
+
     def where(self, sample: int) -> str:
         """See `Split.where`."""
         return self.files.where(sample)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..config import DataConfig
-from ..errors import DataError
+from ..errors import DataError, UsageError
 from .file_data import SOURCES, choose_loader, find_files
 from .source import split_limits
 
@@ -70,7 +70,7 @@ def _facts_of_files(data: DataConfig) -> DataFacts:
         found = find_files(data)
     elif os.environ.get("DFPTKD_DATA"):
         root = os.environ["DFPTKD_DATA"]
-        with suppress(DataError):  # it holds some other data set
+        with suppress(DataError, UsageError):  # it holds some other data set
             found = find_files(dataclasses.replace(data, root=root))
     if found is not None:
         counts = (len(found.train), len(found.test), len(found.class_names))

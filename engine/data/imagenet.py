@@ -23,7 +23,14 @@ import torch
 from ..config import DataConfig
 from ..errors import DataError, UsageError
 from .folder import check_same_classes, class_names, split_folders
-from .image_files import FileSet, FolderFiles, class_folders, list_images, read_lines
+from .image_files import (
+    FileSet,
+    FolderFiles,
+    class_folders,
+    list_folder,
+    list_images,
+    read_lines,
+)
 from .source import find_root, read_bytes
 
 NUM_CLASSES = 1000
@@ -54,7 +61,7 @@ def find_imagenet(config: DataConfig) -> FileSet:
         )
     names = _all_classes(train_folder, found)
     train = _by_class(root, train_folder, found, names)
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in val_folder.iterdir()):
+    if any(entry.is_dir() for entry in list_folder(val_folder)):
         val_found = class_names(val_folder)
         check_same_classes(train_folder, found, val_folder, val_found)
         return FileSet(root, train, _by_class(root, val_folder, val_found, names), names)

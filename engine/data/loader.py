@@ -42,6 +42,12 @@ def load_data(config: DataConfig, device: torch.device) -> ImageData:
                 f"data.loader={config.loader!r} with data.name={config.name!r}: expected auto or "
                 f"{own}"
             )
+        for name in ("mean", "std"):
+            if getattr(config, name) is not None:
+                raise UsageError(
+                    f"data.{name} with data.name={config.name!r}: expected image files; the others "
+                    "have their own"
+                )
         if config.start_size is not None and config.name != "synthetic":
             raise UsageError(
                 f"data.start_size={config.start_size} with data.name={config.name!r}: expected "

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..files import write_atomically
-from .image_files import ImageFiles
 from .order import Stream, hash_bits, integers
 
 LIST_NAME = "dfptkd-quarantine.json"
@@ -34,14 +33,6 @@ class Quarantine:
     """Images that were looked at."""
     images: dict[str, str]
     """Path below the data folder -> reason."""
-
-    def among(self, files: ImageFiles) -> Tensor:
-        """bool [N]: which samples of `files` are on the list."""
-        listed = torch.zeros(len(files), dtype=torch.bool)
-        if self.images:
-            for sample in range(len(files)):
-                listed[sample] = files.name(sample) in self.images
-        return listed
 
     def write(self, path: Path) -> None:
         """Put the list on disk, whole or not at all.
@@ -120,12 +111,14 @@ def replace_listed(
     at = listed[samples].nonzero()[:, 0]
     if not len(at):
         return samples
-    sound = ~listed
+    sound = (~listed).nonzero()[:, 0]
+    by_class = sound[torch.argsort(labels[sound], stable=True)]
+    counts = torch.bincount(labels[sound], minlength=int(labels.max()) + 1)
+    starts = torch.cumsum(counts, 0) - counts
     bits = hash_bits(seed, epoch, samples[at], Stream.REPLACEMENT)
     replaced = samples.clone()
-    for place, sample, own in zip(at.tolist(), samples[at].tolist(), bits, strict=True):
-        candidates = (sound & (labels == labels[sample])).nonzero()[:, 0]
-        if not len(candidates):
-            candidates = sound.nonzero()[:, 0]
-        replaced[place] = candidates[integers(own, len(candidates))]
+    for place, label, own in zip(at.tolist(), labels[samples[at]].tolist(), bits, strict=True):
+        count = int(counts[label])
+        chosen = by_class[starts[label] :][:count] if count else sound
+        replaced[place] = chosen[integers(own, len(chosen))]
     return replaced

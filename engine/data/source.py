@@ -111,6 +111,9 @@ class Split:
         for indices in rows:
             yield self.batch(indices, seed=seed, epoch=epoch, side=side)
 
+    def release(self) -> None:
+        """Give back what only the next `stream` would need."""
+
     def where(self, sample: int) -> str:
         """Where a sample comes from, for messages."""
         return f"sample {sample}"

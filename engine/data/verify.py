@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tarfile
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import DataError, StorageError
-from .image_files import SUFFIXES
+from .image_files import SUFFIXES, is_image_name, list_folder
 from .quarantine import LIST_NAME, Quarantine
 from .torchvision_loader import one_line, to_rgb
 
@@ -83,28 +85,27 @@ def run_verify(folder: Path, out: Path | None, workers: int | None) -> int:
 
 
 def find_images(folder: Path) -> list[Member]:
-    """Every image below `folder`, members of tar files included, sorted by name.
-
-    Raises:
-        DataError: A tar file is damaged.
-    """
+    """Every image below `folder`, members of tar files included, sorted by name."""
     found: list[Member] = []
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link back to where we have been
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in files:
-            path = os.path.join(parent, file)
-            name = Path(os.path.relpath(path, folder)).as_posix()
-            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                found.append(Member(name, path, None, 0))
-            elif file.lower().endswith(".tar"):
-                found += _tar_members(path, name)
+    for path in _files_below(str(folder), frozenset()):
+        name = Path(os.path.relpath(path, folder)).as_posix()
+        if path.lower().endswith(".tar"):
+            found += _tar_members(path, name)
+        elif is_image_name(os.path.basename(path)):
+            found.append(Member(name, path, None, 0))
     return sorted(found)
+
+
+def _files_below(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """Files at any depth, hidden ones left out; a link to a folder that it lies in is not taken."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in list_folder(Path(folder)):
+        if entry.is_dir():
+            yield from _files_below(entry.path, above | {real})
+        else:
+            yield entry.path
 
 
 def verify(members: Sequence[Member], workers: int) -> Findings:
@@ -129,6 +130,8 @@ Result = tuple[str, str | None, list[str]]
 
 def look_at(member: Member) -> Result:
     """Name, why the image cannot be decoded (None: it can), and what is unusual about it."""
+    if member.start is None and member.file.lower().endswith(".tar"):
+        return member.name, "damaged or compressed tar file", []
     try:
         with open(member.file, "rb") as file:
             file.seek(member.start or 0)
@@ -169,16 +172,29 @@ def _look_at_all(members: Sequence[Member]) -> list[Result]:
 
 def _in_processes(chunks: Sequence[Sequence[Member]], workers: int) -> Iterator[list[Result]]:
     """Results of each chunk, in any order; an image that kills its process is found and named."""
+    waiting = iter(chunks)
+    while True:
+        suspects = yield from _until_broken(waiting, workers)
+        if not suspects:
+            return
+        for chunk in suspects:
+            for member in chunk:
+                yield [_alone(member)]
+
+
+def _until_broken(
+    waiting: Iterator[Sequence[Member]], workers: int
+) -> Generator[list[Result], None, list[Sequence[Member]]]:
+    """Results until a process dies; returns the chunks under way then, none at the end."""
+    running: dict[Future, Sequence[Member]] = {}
     lost: list[Sequence[Member]] = []
-    with ProcessPoolExecutor(workers) as pool:
-        waiting = iter(chunks)
-        running: dict[Future, Sequence[Member]] = {}
-        while True:
+    with ProcessPoolExecutor(workers, initializer=_be_quiet) as pool:
+        while not lost:
             try:
                 while len(running) < 2 * workers and (chunk := next(waiting, None)) is not None:
                     lost.append(chunk)  # until it is known to run
-                    future = pool.submit(_look_at_all, chunk)
-                    running[future] = lost.pop()
+                    running[pool.submit(_look_at_all, chunk)] = chunk
+                    lost.pop()
             except BrokenProcessPool:
                 break
             if not running:
@@ -190,14 +206,17 @@ def _in_processes(chunks: Sequence[Sequence[Member]], workers: int) -> Iterator[
                     yield future.result()
                 except BrokenProcessPool:
                     lost.append(chunk)
-        lost += [*running.values(), *waiting]
-    for chunk in lost:
-        for member in chunk:
-            yield [_alone(member)]
+    return lost + list(running.values())
+
+
+def _be_quiet() -> None:
+    """In a process that decodes: Pillow's warnings are no findings, and the terminal has a bar."""
+    warnings.simplefilter("ignore")
+    sys.stderr = sys.__stderr__
 
 
 def _alone(member: Member) -> Result:
-    with ProcessPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(1, initializer=_be_quiet) as pool:
         try:
             return pool.submit(_look_at_all, [member]).result()[0]
         except BrokenProcessPool:
@@ -205,15 +224,17 @@ def _alone(member: Member) -> Result:
 
 
 def _tar_members(path: str, name: str) -> list[Member]:
+    """The images in a tar file; of a damaged one those before the damage, and the file itself."""
+    found = []
     try:
         with tarfile.open(path, "r:") as shard:
-            return [
-                Member(f"{name}/{m.name}", path, m.offset_data, m.size)
-                for m in shard
-                if m.isfile() and m.name.lower().endswith(SUFFIXES)
-            ]
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: expected an uncompressed tar file ({error})") from error
+            for member in shard:
+                if member.isfile() and is_image_name(os.path.basename(member.name)):
+                    place = (path, member.offset_data, member.size)
+                    found.append(Member(f"{name}/{member.name}", *place))
+    except (OSError, tarfile.TarError):
+        found.append(Member(name, path, None, 0))
+    return found
 
 
 def _check_writable(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,11 @@ def _index(root: Path, split: str) -> TarFiles:
     if not shards:
         raise DataError(f"{root}: found no {split}-*.tar, expected {_LAYOUT}")
     places, names, labels = [], [], []
-    for number, shard in enumerate(shards):
-        for name, start, size, label in _members(root / shard):
+    paths = [root / shard for shard in shards]
+    with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:  # 70 s alone, ImageNet
+        found = list(pool.map(_members, paths))
+    for number, members in enumerate(found):
+        for name, start, size, label in members:
             places.append((number, start, size))
             names.append(os.fsencode(name))
             labels.append(label)

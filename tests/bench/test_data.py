@@ -45,8 +45,8 @@ def test_all_loaders_walk_the_same_images(root):
         found[loader] = torch.cat([b.indices for b in walk.batches(6)])
     assert torch.equal(*found.values())
     assert len(found["torchvision"]) == 7 * 4  # the first batch is not timed
-    for epoch in found["torchvision"][:20].split(10):
-        assert sorted(epoch.tolist()) == list(range(10))
+    for epoch in found["torchvision"].split(8):  # two batches of four; two images are left out
+        assert len(epoch.unique()) == len(epoch)
 
 
 def test_rows_are_of_a_batch_and_of_a_step(root):

@@ -17,6 +17,7 @@ from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, RunConfig
 from dfptkd.engine.data import load_data, test_batches, train_batches, verify
 from dfptkd.engine.data.loader import num_replaced
+from dfptkd.engine.data.order import Stream, hash_bits, integers
 from dfptkd.engine.data.quarantine import LIST_NAME, read_quarantine, replace_listed
 from dfptkd.engine.errors import DataError
 
@@ -173,6 +174,113 @@ def test_evaluation_never_replaces(tmp_path):
     assert data.notes == ["evaluated without 1 of 8 test images, which are in quarantine"]
     labels = torch.cat([b.labels for b in test_batches(data.test, batch_size=3)])
     assert labels.tolist() == [0] * 4 + [1] * 3
+
+
+def test_images_on_the_device_are_replaced_too(tmp_path):
+    listed = quarantined(tmp_path)
+    files, resident = (load(tmp_path, loader=loader).train for loader in ("torchvision", "device"))
+    for epoch in range(3):
+        options = {"batch_size": 5, "seed": 0, "epoch": epoch}
+        for a, b in zip(
+            train_batches(files, **options), train_batches(resident, **options), strict=True
+        ):
+            assert torch.equal(a.indices, b.indices)
+            assert b.images.flatten(1).float().std(dim=1).min() > 0
+    assert resident.images[listed].eq(0).all()
+
+
+def test_another_list_of_the_same_length_is_another_pipeline(tmp_path):
+    quarantined(tmp_path)
+    before = load(tmp_path).pipeline
+    list_file = tmp_path / LIST_NAME
+    text = list_file.read_text()
+    list_file.write_text(text.replace("train/ant/1.jpg", "train/ant/2.jpg"))
+    assert load(tmp_path).pipeline != before
+    list_file.write_text(text)
+    assert load(tmp_path).pipeline == before
+
+
+def test_a_list_of_other_files_is_refused(tmp_path):
+    quarantined(tmp_path)
+    (tmp_path / LIST_NAME).unlink()
+    list_file = tmp_path / "list.json"
+    assert main(["verify-data", str(tmp_path / "train"), "--out", str(list_file)]) == 3
+    with pytest.raises(DataError, match=r"list.json: 'ant/1.jpg' and the others are not below"):
+        load(tmp_path, quarantine=str(list_file))
+
+
+def test_replacements_are_drawn_within_the_class():
+    """The vectorised choice against the plain one."""
+    torch.manual_seed(0)
+    labels, listed = torch.randint(0, 7, (300,)), torch.rand(300) < 0.3
+    samples = torch.randperm(300)
+    found = replace_listed(samples, listed, labels, seed=3, epoch=4)
+    bits = hash_bits(3, 4, samples, Stream.REPLACEMENT)
+    for place, sample in enumerate(samples.tolist()):
+        expected = sample
+        if listed[sample]:
+            same = ((labels == labels[sample]) & ~listed).nonzero()[:, 0]
+            expected = int(same[integers(bits[place], len(same))])
+        assert found[place] == expected
+
+
+def test_loaders_take_what_verify_data_looks_at(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "ant" / "._0.jpg").write_bytes(b"left by another system")
+    assert main(["verify-data", str(tmp_path)]) == 0
+    assert len(load(tmp_path).train) == 12
+
+
+def test_linked_folders_and_damaged_tars(tmp_path):
+    write_all(tmp_path / "train", {"1.jpg": encoded(picture()), "2.jpg": b""})
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    assert main(["verify-data", str(tmp_path)]) == 3
+    found = read_quarantine(tmp_path / LIST_NAME)
+    assert found.images == {
+        "a.tar": "damaged or compressed tar file",
+        "train/2.jpg": "empty",
+        "val/2.jpg": "empty",
+    }
+    assert found.checked == 5
+
+
+def test_only_what_was_under_way_is_looked_at_alone(tmp_path, monkeypatch):
+    write_all(tmp_path, {f"{i:03}.jpg": encoded(picture(i % 3)) for i in range(300)})
+    real, one, alone = verify.look_at, verify._alone, []
+
+    def deadly(member):
+        if member.name == "003.jpg":
+            os._exit(9)
+        return real(member)
+
+    monkeypatch.setattr(verify, "look_at", deadly)
+    monkeypatch.setattr(verify, "_CHUNK", 10)
+    monkeypatch.setattr(verify, "_alone", lambda member: alone.append(member) or one(member))
+    findings = verify.verify(verify.find_images(tmp_path), workers=2)
+    assert list(findings.broken) == ["003.jpg"]
+    assert findings.checked == 300
+    assert len(alone) <= 40  # two chunks a worker
+
+
+def test_eval_takes_the_options_that_it_names(tmp_path, capsys):
+    write_folder(tmp_path)
+    data = DataConfig(
+        name="folder", root=str(tmp_path), image_size=24, loader="torchvision", workers=0
+    )
+    out = str(tmp_path / "run")
+    run(
+        RunConfig(
+            method="ce", student="cifar:resnet8_s2", epochs=1, global_batch=4, data=data, out=out
+        )
+    )
+    (tmp_path / "val" / "bee" / "2.jpg").write_bytes(b"")
+    assert main(["verify-data", str(tmp_path)]) == 3
+    assert main(["eval", out]) == 3
+    assert "--data.skip-quarantined" in capsys.readouterr().err
+    assert main(["eval", out, "--data.skip-quarantined"]) == 0
+    assert "7 test images of folder (without 1 in quarantine)" in capsys.readouterr().out
 
 
 def test_a_class_without_a_sound_image_takes_any():
