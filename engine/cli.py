@@ -117,7 +117,7 @@ def _train(args: list[str]) -> int:
     )
     for planned in [config, *([teacher_run(config)] if makes_teacher else [])]:
         device = check_machine(planned, world)
-    with world.connected(device):
+    with world.connected(device, config.step.timeout):
         if makes_teacher and world.of_main(lambda: find_teacher(config) is None):
             run(teacher_run(config), world)
         run_seeds(config, world)
