@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import DfptkdError, Stopped, UsageError
+from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .preemption import StopRequest
 
 Result = TypeVar("Result")
@@ -355,7 +355,7 @@ def _describe(error: DfptkdError) -> list[Any]:
 
 def _echo(description: Sequence[Any]) -> DfptkdError:
     """The error of another process."""
-    kinds = {kind.exit_code: kind for kind in DfptkdError.__subclasses__()}
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, NumericError, StorageError)}
     code, message = description
     error = kinds.get(code, DfptkdError)(message)
     error.is_echo = True

@@ -30,6 +30,12 @@ class NumericError(DfptkdError):
     exit_code = 4
 
 
+class OutOfMemory(DfptkdError):
+    """The device has too little memory; it has the exit code that `dfptkd plan` has then."""
+
+    exit_code = 5
+
+
 class StorageError(DfptkdError):
     """The disk refused a write."""
 

@@ -106,7 +106,8 @@ class RunLog:
         self._started = time.monotonic()
         metrics, events = folder / "metrics.csv", folder / "events.jsonl"
         last = -1 if resume_step is None else resume_step
-        text = self._csv(rows_until(metrics, last), header=True)
+        kept = rows_until(metrics, last)
+        text = self._csv(kept, header=True)
         write_atomically(metrics, lambda path: path.write_text(text, newline=""))
         cut_events(events, last)
         self._metrics, self._events = GrowingFile(metrics), GrowingFile(events)
@@ -114,8 +115,12 @@ class RunLog:
         with self._tensorboard_may_fail():
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            # One file, however often a run is started: what others have held is in metrics.csv.
+            for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                old.unlink()
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            for row in kept:
+                self._show({k: float(v) for k, v in row.items() if v})
 
     def _csv(self, rows: Iterable[dict[str, Any]], *, header: bool = False) -> str:
         text = io.StringIO(newline="")
@@ -144,11 +149,16 @@ class RunLog:
         cells = {k: f"{v:.6g}" if k != "step" else v for k, v in row.items()}
         self._append(self._metrics, self._csv([cells]))
         with self._tensorboard_may_fail():
-            for name, value in row.items():
-                if name not in ("step", "epoch") and self._tensorboard is not None:
-                    self._tensorboard.add_scalar(name, value, row["step"])
-            if self._tensorboard is not None:
-                self._tensorboard.flush()
+            self._show(row)
+
+    def _show(self, row: dict[str, float]) -> None:
+        """A row in TensorBoard."""
+        if self._tensorboard is None:
+            return
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                self._tensorboard.add_scalar(name, value, int(row["step"]))
+        self._tensorboard.flush()
 
     def _append(self, file: GrowingFile, lines: str) -> None:
         error = file.append(lines)

@@ -11,7 +11,7 @@ import signal
 import statistics
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from .data import Batch, ImageData, load_data, steps_per_epoch
 from .data.crops import side_of_epoch
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
+from .explain import EVALUATION, explained
 from .files import write_atomically
 from .log import ProgressLine, RunLog, SilentLog, clock, commit, hardware, versions, write_json
 from .methods import Method, build_method
@@ -53,6 +54,8 @@ from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
 from .together import RandomState, SharedBatches, take_turns
 from .watchdog import Watchdog
 
+# A process that hangs in a step ends itself so much later than those that wait for it give up.
+STEP_GRACE_S = 5.0
 # Steps in which fp16 may look for its scale before an epoch that counts nothing is a failure.
 SCALE_SEARCH_STEPS = 32
 GLANCE_STEPS = 16  # between two looks at how many were skipped
@@ -334,6 +337,7 @@ class Trainer:
         self.alarmed = False
         self.certified = False
         self.saved_step: int | None = None
+        self.save_asked = False
 
     def train(
         self, checkpoint: Checkpoint | None, record: dict[str, Any]
@@ -356,31 +360,43 @@ class Trainer:
         before = None if frozen is None else fingerprint(frozen)
         with self.watchdog:
             try:
-                self.announce(record)
-                self.method.train()
-                self.log.record(record)
-                self.status("running")
-                yield from self.epochs()
-                self.finish_saving()
+                yield from self.work(record)
                 if frozen is not None and fingerprint(frozen) != before:
-                    self.log.warn("teacher_drift", "the frozen teacher has changed: a defect")
+                    drift = "the frozen teacher has changed: a defect"
+                    self.log.warn("teacher_drift", drift, self.progress.step)
                 self.write_student()
                 self.status("finished")
                 self.log.say(f"finished: {self.out}")
-            except Stopped as stopped:
-                self.save()
-                self.finish_saving()
-                self.status("stopped")
-                self.log.event("stopped", str(stopped), self.progress.step)
+            except Stopped:
                 raise
-            except BaseException:
+            except BaseException as error:
                 with suppress(Exception):  # what is being written is to be whole all the same
                     self.writer.finish()
                 self.status("failed")
+                explanation = explained(error, self.watchdog.latest, self.config, self.world)
+                if explanation is not error:
+                    raise explanation from error
                 raise
             finally:
                 self.log.close()
         return RunResult(self.out, self.progress.step, self.progress.last, self.progress.best)
+
+    def work(self, record: dict[str, Any]) -> Iterator[None]:
+        """All that is done before the student is finished, or the run is stopped and saved."""
+        try:
+            with self.watchdog.phase("measuring the teacher"):
+                self.announce(record)
+            self.method.train()
+            self.log.record(record)
+            self.status("running")
+            yield from self.epochs()
+            self.finish_saving()
+        except Stopped as stopped:
+            self.save()
+            self.finish_saving()
+            self.status("stopped")
+            self.log.event("stopped", str(stopped), self.progress.step)
+            raise
 
     def announce(self, record: dict[str, Any]) -> None:
         """Say what is about to run, measure the teacher, and warn of what looks wrong already."""
@@ -459,20 +475,20 @@ class Trainer:
         started, first = time.monotonic(), progress.step
         batches = iter(self.batches.epoch(epoch, done_in_epoch))
         while (batch := self.next_batch(batches)) is not None:
-            if not self.certified:
-                self.certify(batch)
-            self.step(batch, progress.step)
-            progress.step += 1
+            with self.phase_of_step():
+                if not self.certified:
+                    self.certify(batch)
+                self.step(batch, progress.step)
+                progress.step += 1
+                self.stop.wants_save |= self.is_time_to_save()
+                self.stop.after_step()
             if self.step.fallback is not None:
                 self.log.warn("fallback", self.step.fallback, progress.step)
                 self.evaluator.captured = False
                 self.step.fallback = None
-            self.stop.wants_save |= self.is_time_to_save()
-            self.stop.after_step()
             if progress.step % GLANCE_STEPS == 0:
                 self.check_streak(self.step.glance())
             if self.saves_within_epoch():
-                self.step.join()
                 self.save()
             paused = time.monotonic()
             yield
@@ -496,6 +512,13 @@ class Trainer:
         with self.watchdog.phase("waiting for data", self.config.data.timeout, self.awaited_files):
             return next(batches, None)
 
+    def phase_of_step(self) -> AbstractContextManager[None]:
+        """Where others wait, a process that hangs ends when they no longer do."""
+        limit = self.config.step.timeout + STEP_GRACE_S if self.world.size > 1 else 0.0
+        step = self.progress.step
+        hint = "expected processes that answer, or a longer --step.timeout"
+        return self.watchdog.phase(f"step {step}", limit, lambda: hint, DfptkdError.exit_code)
+
     def awaited_files(self) -> str:
         """What the next batch is made of."""
         step = self.progress.step
@@ -518,9 +541,14 @@ class Trainer:
     def saves_within_epoch(self) -> bool:
         """Whether to save now; at the epoch's end that is done after the evaluation."""
         progress, steps = self.progress, self.config.checkpoint_steps
-        asked = self.stop.take_save() or (steps is not None and progress.step % steps == 0)
+        self.save_asked |= self.stop.take_save()
+        self.save_asked |= steps is not None and progress.step % steps == 0
         at_edge = progress.step % self.per_epoch == 0 or progress.step >= self.end_step
-        return asked and not at_edge and not self.stop
+        if not self.save_asked or at_edge or self.stop:
+            return False
+        self.step.join()
+        # Those of bad steps would push out the one that the run may have to go back to.
+        return not self.step.gate.read().in_a_row
 
     def certify(self, batch: Batch) -> None:
         """Log once how far the fused loss is from the reference; beyond rounding, fall back."""
@@ -539,7 +567,11 @@ class Trainer:
         epoch, at_end = progress.step / self.per_epoch, progress.step >= self.end_step
         is_best = False
         if at_end or round(epoch) % config.eval_every == 0:
-            with self.step.autocast(), self.step.plainly():
+            with (
+                self.watchdog.phase(EVALUATION),
+                self.step.autocast(),
+                self.step.plainly(),
+            ):
                 found = self.evaluator(self.step.ema)
             test = self.world.of_main(lambda: found)  # one verdict on what is the best
             is_best = self.note(epoch, test)
@@ -556,7 +588,7 @@ class Trainer:
             self.check_saturation(epoch)
         self.step.meter.reset()
         self.step.gate.forget()
-        if at_end or is_best or round(epoch) % config.checkpoint_every == 0:
+        if at_end or is_best or self.save_asked or round(epoch) % config.checkpoint_every == 0:
             self.save(is_best)
         self.status("running")
         self.stop_if_asked()
@@ -648,12 +680,12 @@ class Trainer:
         if progress.rewinds < self.config.step.max_rewinds and progress.step < self.end_step:
             checkpoint = self.checkpoint_before(first_bad + 1)
         if checkpoint is None:
-            path = self.dump(counts)
+            seen = self.dump(counts)
             error = NumericError(
                 f"{self.skips(counts)}; expected at most --step.max-skips "
                 f"{self.config.step.max_skips}, and {self.config.step.max_skips_in_a_row} in a row "
-                f"(a lower --optim.lr, or --optim.clip-grad-norm); {path} says what was seen; the "
-                "last checkpoint is intact"
+                f"(a lower --optim.lr, or --optim.clip-grad-norm); {seen}; the last checkpoint is "
+                "intact"
             )
             raise self.said_once(error)
         self.restore_networks(checkpoint)
@@ -682,18 +714,18 @@ class Trainer:
         tensors = self.world.tensors_of_main(found[0].tensors if found else None)
         return Checkpoint(Path(path), tensors, state)
 
-    def dump(self, counts: SkipCounts) -> Path:
-        """Write down the last bad step: its images, and every loss term on them as it is now."""
+    def dump(self, counts: SkipCounts) -> str:
+        """Write down the last bad step: its images, and every loss term on them as it is now.
+
+        Returns where that is, or why it is nowhere: whatever fails here is not what ends the run.
+        """
         epoch, place = divmod(counts.last, self.per_epoch)
         rows = self.batches.rows(epoch, place)
         seeds = {"seed": self.config.seed, "order_seed": self.batches.seed}
-        batch = self.data.train.batch(
-            rows, seed=self.batches.seed, epoch=epoch, side=self.side_of(epoch)
-        )
         own = {
             "samples": rows.tolist(),
             "names": [self.data.train.where(int(sample)) for sample in rows],
-            "terms": self.step.examine(batch),
+            "terms": self.terms(rows, epoch),
         }
         found = {
             "step": counts.last, "epoch": epoch, **counts._asdict(), **seeds,
@@ -701,9 +733,22 @@ class Trainer:
             "by_rank": self.world.exchange(own),
         }  # fmt: skip
         path = self.out / f"numeric-{counts.last}.json"
-        if self.world.is_main:
-            write_json(path, found)
-        return path
+        try:
+            if self.world.is_main:
+                write_json(path, found)
+        except StorageError as error:
+            return str(error)
+        return f"{path} says what was seen"
+
+    def terms(self, rows: torch.Tensor, epoch: int) -> dict[str, Any]:
+        """Every loss term on these images; JSON knows no NaN, so as text where not finite."""
+        side = self.side_of(epoch)
+        try:
+            batch = self.data.train.batch(rows, seed=self.batches.seed, epoch=epoch, side=side)
+        except DataError as error:
+            return {"error": str(error)}
+        terms = self.step.examine(batch)
+        return {k: v if math.isfinite(v) else str(v) for k, v in terms.items()}
 
     def stop_if_asked(self) -> None:
         self.stop.now()
@@ -793,6 +838,7 @@ class Trainer:
         if self.world.is_main:
             self.writer.save(tensors, state, is_best=is_best)
         self.saved_step, self.last_save = self.progress.step, time.monotonic()
+        self.save_asked = False
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
         """What the processes have in common, and `own_state` of this one."""
@@ -807,6 +853,8 @@ class Trainer:
 
     def settle_last_save(self) -> None:
         """Wait, in rank 0, for the checkpoint before; say if it could not be written.
+
+        One that fails while the next is begun must not count as the last.
 
         Raises:
             StorageError: The run is to stop then.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NamedTuple
 
 from .errors import DataError
-from .log import complain
 
 BEAT_S = 30.0
 _LOOK_S = 0.5
+_LAST_BEAT_S = 5.0  # longest wait for a disk that may be what hangs
 
 
 class _Phase(NamedTuple):
@@ -23,6 +24,7 @@ class _Phase(NamedTuple):
     since: float
     limit_s: float
     detail: Callable[[], str]
+    exit_code: int
 
 
 class Watchdog:
@@ -35,12 +37,19 @@ class Watchdog:
 
     def __init__(self, rank: int, beat: Callable[[str], None]) -> None:
         self.rank, self.beat = rank, beat
-        self._phase = _Phase("starting", time.monotonic(), 0.0, str)
+        self._phase = _Phase("starting", time.monotonic(), 0.0, str, 1)
+        self.latest = ""
+        """What the process was at when an error ended a phase; else empty."""
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # Two, since a disk that hangs would hold up the one that beats.
+        self._threads = [
+            threading.Thread(target=task, name="watchdog", daemon=True)
+            for task in (self._watch, self._beat)
+        ]
 
     def __enter__(self) -> Watchdog:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -50,42 +59,57 @@ class Watchdog:
         trace: TracebackType | None,
     ) -> None:
         self._end.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     @contextmanager
     def phase(
-        self, name: str, limit_s: float = 0.0, detail: Callable[[], str] = str
+        self,
+        name: str,
+        limit_s: float = 0.0,
+        detail: Callable[[], str] = str,
+        exit_code: int = DataError.exit_code,
     ) -> Iterator[None]:
         """What the process does inside.
 
         Args:
             name: For people.
-            limit_s: Longest that it may take; the process then ends with exit code 3. 0: no limit.
+            limit_s: Longest that it may take; the process then ends. 0: no limit.
             detail: What to say of it then.
+            exit_code: How it ends then.
         """
         outer = self._phase
-        self._phase = _Phase(name, time.monotonic(), limit_s, detail)
+        self._phase = _Phase(name, time.monotonic(), limit_s, detail, exit_code)
         try:
             yield
+        except BaseException:
+            self.latest = self.latest or name  # the innermost one
+            raise
         finally:
             self._phase = outer._replace(since=time.monotonic())
 
     def _watch(self) -> None:
-        beaten = time.monotonic()
         while not self._end.wait(_LOOK_S):
-            now, phase = time.monotonic(), self._phase
-            if phase.limit_s and now - phase.since > phase.limit_s:
+            phase = self._phase
+            if phase.limit_s and time.monotonic() - phase.since > phase.limit_s:
                 self._give_up(phase)
-            if now - beaten >= BEAT_S:
-                beaten = now
-                self.beat(phase.name)
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT_S):
+            self.beat(self._phase.name)
 
     def _give_up(self, phase: _Phase) -> None:
         """The main thread is stuck in a call that nothing interrupts: only the process can end."""
-        complain(
-            f"rank {self.rank}: {phase.name} has taken more than {phase.limit_s:g} s: "
-            f"{phase.detail()}"
-        )
-        self.beat(f"gave up: {phase.name}")
-        sys.stderr.flush()
-        os._exit(DataError.exit_code)
+        with suppress(Exception):  # whatever fails here, the process is to end
+            print(
+                f"dfptkd: rank {self.rank}: {phase.name} has taken more than {phase.limit_s:g} s: "
+                f"{phase.detail()}",
+                file=sys.stderr,
+                flush=True,
+            )
+        last = threading.Thread(target=self.beat, args=[f"gave up: {phase.name}"], daemon=True)
+        last.start()
+        last.join(_LAST_BEAT_S)
+        for child in multiprocessing.active_children():  # data workers may hang themselves
+            child.kill()
+        os._exit(phase.exit_code)

@@ -6,6 +6,9 @@ Batches are bit-equal for any number of workers: each draw is a function of (see
 from __future__ import annotations
 
 import io
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -65,11 +68,15 @@ class TorchvisionSplit(Split):
             batch_size=None,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_for_parent_alone,
             # its own generator: the loader would else advance the global one, which checkpoints
             # record
             generator=torch.Generator(),
         )
-        yield from on_device(loader, self.device)
+        try:
+            yield from on_device(loader, self.device)
+        except (OSError, EOFError) as error:  # a batch that its maker did not live to hand over
+            raise worker_died(error, workers) from error
 
     def decode(self, indices: Tensor, seed: int, epoch: int, side: int | None = None) -> Batch:
         """`batch` on the CPU; touches no GPU, so that a forked process may run it."""
@@ -159,6 +166,33 @@ def on_device(batches: Iterable[Batch | DataError], device: torch.device) -> Ite
         ahead = moved
     if ahead is not None:
         yield ahead
+
+
+def worker_died(error: BaseException, workers: int) -> DataError:
+    """What to say where one of `workers` processes is no more."""
+    return DataError(
+        f"a process that decodes images has died ({one_line(error)}): expected memory for "
+        f"--data.workers {workers}, or fewer of them"
+    )
+
+
+def _leave_for_parent_alone(_worker: int) -> None:
+    """Runs in a worker: a SIGTERM ends it if its parent sends it, and nobody else's does.
+
+    A cluster that stops a job tells every process; the parent still needs its batch then, and ends
+    the worker when it has saved. SIGINT and SIGUSR1 are the parent's, too.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _DecodedBatches(Dataset):
