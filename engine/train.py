@@ -89,6 +89,16 @@ class Progress:
     prompt_top1: list[tuple[float, float]] = field(default_factory=list)
 
 
+@dataclass
+class Stretch:
+    """Steps of an epoch, done without a break."""
+
+    first: int
+    """Number of the first of them."""
+    started: float
+    """On the monotonic clock, less the turns of other runs."""
+
+
 def run(config: RunConfig, world: World | None = None) -> RunResult:
     """Train one network, from data to the finished student on disk.
 
@@ -332,6 +342,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.watchdog = Watchdog(world.rank, lambda phase: self.log.beat(phase))
         self.progress = Progress()
+        self.stretch: Stretch | None = None
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
         self.alarmed = False
@@ -472,7 +483,7 @@ class Trainer:
         """Steps up to the end of the epoch, of the run, or up to a request to stop."""
         config, progress = self.config, self.progress
         epoch, done_in_epoch = divmod(progress.step, self.per_epoch)
-        started, first = time.monotonic(), progress.step
+        first, self.stretch = progress.step, Stretch(progress.step, time.monotonic())
         batches = iter(self.batches.epoch(epoch, done_in_epoch))
         while (batch := self.next_batch(batches)) is not None:
             with self.phase_of_step():
@@ -492,7 +503,7 @@ class Trainer:
                 self.save()
             paused = time.monotonic()
             yield
-            started += time.monotonic() - paused  # the turns of other runs
+            self.stretch.started += time.monotonic() - paused  # the turns of other runs
             if line.due():
                 self.step.join()
                 means = self.step.meter.read(config.has_prompt_path, own=True)
@@ -501,11 +512,23 @@ class Trainer:
                 break
         self.step.join()
         self.step.meter.num_images()  # waits for the device
-        seconds = time.monotonic() - started
-        progress.seconds += seconds
-        done = done_in_epoch + progress.step - first
-        progress.replaced += self.batches.num_replaced(epoch, done_in_epoch, done)
-        progress.speeds.append((progress.step - first) * config.global_batch / seconds)
+        now, self.stretch = self.with_stretch(), None
+        seconds = now.seconds - progress.seconds
+        progress.seconds, progress.replaced = now.seconds, now.replaced
+        progress.speeds.append((progress.step - first) * config.global_batch / max(seconds, 1e-9))
+
+    def with_stretch(self) -> Progress:
+        """The progress, with what belongs to the steps under way."""
+        progress, stretch = self.progress, self.stretch
+        if stretch is None or stretch.first == progress.step:
+            return progress
+        epoch, start = divmod(stretch.first, self.per_epoch)
+        stop = start + progress.step - stretch.first
+        return dataclasses.replace(
+            progress,
+            seconds=progress.seconds + time.monotonic() - stretch.started,
+            replaced=progress.replaced + self.batches.num_replaced(epoch, start, stop),
+        )
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """The next one; None at the end of the epoch."""
@@ -825,7 +848,7 @@ class Trainer:
             tensors |= {f"{own_prefix(rank)}{name}": value for name, value in own.items()}
         state = {
             "step": self.progress.step,
-            "progress": dataclasses.asdict(self.progress),
+            "progress": dataclasses.asdict(self.with_stretch()),
             "scaler": step.scaler.state_dict(),
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,

@@ -311,7 +311,9 @@ def test_a_run_counts_replacements_and_resumes_exactly(tmp_path, capsys):
     counted, whole = train("whole")
     assert counted > 0
     assert "2 of 12 training images are in quarantine" in capsys.readouterr().out
-    part, _ = train("parts", max_steps=4)  # in the middle of the second epoch
+    part, _ = train("parts", max_steps=4, checkpoint_steps=1)  # in the middle of the second epoch
+    state = json.loads((tmp_path / "parts/checkpoints/step-4/state.json").read_text())
+    assert state["progress"]["replaced"] == part
     assert 0 < part < counted
     again, resumed = train("parts")
     assert again == counted
