@@ -397,13 +397,16 @@ def test_M21_the_mixture_control_runs_without_prompt_modules(root, tmp_path):
 def test_a_second_signal_leaves_at_once(root, tmp_path):
     """The first asks, the second ends the process without saving."""
     code = f"""
-import os, signal
+import os, signal, time
 from dfptkd.engine import train as t
 from tests_config import make_config
+last = {str(tmp_path / "a/checkpoints/step-3")!r}
 original = t.TrainStep.__call__
 def call(self, batch, step):
     original(self, batch, step)
     if step == 3:
+        while not os.path.isdir(last):  # written beside the steps
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 t.TrainStep.__call__ = call
