@@ -25,12 +25,20 @@ from .errors import DataError
 from .files import first_line
 
 RUN_FORMAT = "dfptkd.run/1"
-# Events that tell of a failure signature, with the words for it; the others tell what happened.
+# Events that a reader of the figures must know of, with the words for them.
 SIGNATURES = {
     "saturation": "saturation",
     "overhead": "overhead",
     "fusion_missing": "fusion missing",
     "teacher_below_expectation": "teacher below expectation",
+    "teacher_drift": "teacher drift",
+    "skipped": "skipped steps",
+    "rewind": "went back",
+    "quarantine": "images in quarantine",
+    "certificate_failed": "fused loss differs",
+    "fallback": "slower steps",
+    "checkpoint_failed": "checkpoint not written",
+    "checkpoint_fallback": "checkpoint damaged",
 }
 
 
@@ -211,11 +219,14 @@ def failure_signatures(record: RunRecord) -> list[tuple[str, str]]:
     """(kind, message) of each failure signature of a run, computed anew where it can be."""
     found = list(_computed_signatures(record))
     known = {kind for kind, _ in found}
-    for event in record.events:  # what the trainer saw and the record cannot show any more
+    seen: dict[str, list[str]] = {}  # by the trainer; the record cannot show it any more
+    for event in record.events:
         kind = SIGNATURES.get(str(event.get("kind")))
         if kind and kind not in known:
-            known.add(kind)
-            found.append((kind, str(event.get("message", ""))))
+            seen.setdefault(kind, []).append(str(event.get("message", "")))
+    for kind, said in seen.items():
+        more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+        found.append((kind, said[0] + more))
     messages = {message for _, message in found}
     found += [("note", str(w)) for w in record.run.get("warnings") or [] if w not in messages]
     return found

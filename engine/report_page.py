@@ -91,8 +91,8 @@ def _warnings(runs: Sequence[RunRecord], unreadable: Sequence[str]) -> str:
     if not items:
         return (
             '<aside class="fine"><h2>No warnings</h2><p>No early saturation of the prompt path, no '
-            "overhead above 10 %, no prompt block without fusion, no teacher below expectation."
-            "</p></aside>"
+            "overhead above 10 %, no prompt block without fusion, no teacher below expectation; no "
+            "step skipped, no image in quarantine, no checkpoint lost.</p></aside>"
         )
     return f'<aside class="warn"><h2>Warnings</h2><ul>{"".join(items)}</ul></aside>'
 

@@ -250,6 +250,20 @@ def test_event_of_a_signature_is_kept_and_others_are_not_warnings(tmp_path):
     assert failure_signatures(read_run(folder)) == [("saturation", "seen")]
 
 
+def test_what_a_run_went_through_is_told_once_a_kind(tmp_path):
+    folder = make_run(tmp_path)
+    events = [
+        ("skipped", "1 step"),
+        ("rewind", "back to 3"),
+        ("skipped", "2 steps"),
+        ("stopped", ""),
+    ]
+    lines = [json.dumps({"kind": kind, "message": message}) for kind, message in events]
+    (folder / "events.jsonl").write_text("".join(line + "\n" for line in lines))
+    found = failure_signatures(read_run(folder))
+    assert found == [("skipped steps", "1 step (and 1 more)"), ("went back", "back to 3")]
+
+
 # The report
 
 
