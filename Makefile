@@ -1,12 +1,14 @@
 # make test    environment (first time), style check and tests      make lint    style and types
 # make demo    the four methods on Fashion-MNIST and one report     make native  the CPU library again
+# make soak    200 kills and stops of one run                        SOAK_CYCLES=...  another number
 # PYTHON=...   interpreter of the new environment                   DEMO_FLAGS=...  options of each demo run
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 METHODS := ce kd dfpt dfpt_plus
+SOAK_CYCLES ?= 200
 
-.PHONY: install test lint native demo aot
+.PHONY: install test lint native demo aot soak
 
 install: $(STAMP)
 
@@ -38,3 +40,7 @@ demo: $(STAMP)
 # Compiles every Triton kernel for every architecture and dtype, without a GPU; fails on a spill.
 aot: $(STAMP)
 	$(BIN)/python -m dfptkd.bench.aot
+
+# Ends in the bits of a run that nothing has disturbed.
+soak: $(STAMP)
+	DFPTKD_SOAK_CYCLES=$(SOAK_CYCLES) $(BIN)/python -m pytest tests/faults/test_soak.py -s

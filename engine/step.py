@@ -183,9 +183,10 @@ class Gate:
         before[0].synchronize()
         return SkipCounts(*before[1].tolist())
 
-    def forget(self) -> None:
-        """Begin to count anew: after an epoch, or where the run went back."""
-        self.counts[:2] = 0
+    def forget(self, *, streak: bool = True) -> None:
+        """Begin to count anew: where the run went back, or (without the streak, which an epoch's
+        end does not end) after an epoch."""
+        self.counts[: 2 if streak else 1] = 0
         self._on_the_way = None
 
     @torch.no_grad()

@@ -610,7 +610,7 @@ class Trainer:
             self.log.say(self.summary(epoch, row))
             self.check_saturation(epoch)
         self.step.meter.reset()
-        self.step.gate.forget()
+        self.step.gate.forget(streak=False)
         if at_end or is_best or self.save_asked or round(epoch) % config.checkpoint_every == 0:
             self.save(is_best)
         self.status("running")

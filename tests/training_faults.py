@@ -5,6 +5,7 @@ training_faults.py CONFIG.json '[["Signal", {"step": 5, ...}], ...]'
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import math
@@ -47,6 +48,7 @@ HERE = Path(__file__).parent
 def rank_of(rank: int, size: int, port: int, config: RunConfig, *faults: Fault) -> int:
     """`train` as one of several processes, without a launcher."""
     _join(rank, size, port)
+    faulthandler.dump_traceback_later(20)  # where it hangs, if it does
     return train(config, *faults)
 
 
@@ -207,12 +209,11 @@ class Signal(AtStep):
         if self.to == "group":
             pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
             assert len(pids) > 1
-            if (other := os.fork()) == 0:  # a worker knows who sends
+            if os.fork() == 0:  # a worker knows who sends
+                time.sleep(0.3)  # the run waits for the next batch then
                 for pid in pids[::-1]:
                     os.kill(pid, self.number)
                 os._exit(0)
-            os.waitpid(other, 0)
-            time.sleep(0.3)
             return
         pid = os.getppid() if self.to == "launcher" else os.getpid()
         os.kill(pid, self.number)
@@ -409,6 +410,22 @@ class HangInWorker(Fault):
                 if sample == self.sample:
                     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
                     time.sleep(LONG_S)
+            return original(split, sample)
+
+        torchvision_loader.TorchvisionSplit.open = opened
+
+
+@dataclass(frozen=True)
+class SlowPictures(Fault):
+    """Decoding an image takes so long."""
+
+    seconds: float
+
+    def install(self) -> None:
+        original = torchvision_loader.TorchvisionSplit.open
+
+        def opened(split: Any, sample: int) -> Any:
+            time.sleep(self.seconds)
             return original(split, sample)
 
         torchvision_loader.TorchvisionSplit.open = opened

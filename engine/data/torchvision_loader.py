@@ -74,7 +74,7 @@ class TorchvisionSplit(Split):
             generator=torch.Generator(),
         )
         try:
-            yield from on_device(loader, self.device)
+            yield from on_device(_workers(loader), self.device)
         except (OSError, EOFError) as error:  # a batch that its maker did not live to hand over
             raise worker_died(error, workers) from error
 
@@ -166,6 +166,19 @@ def on_device(batches: Iterable[Batch | DataError], device: torch.device) -> Ite
         ahead = moved
     if ahead is not None:
         yield ahead
+
+
+def _workers(loader: DataLoader) -> Iterator[Batch | DataError]:
+    """The loader's batches; that a worker has died shows where one is awaited, and nowhere else.
+
+    torch's handler of SIGCHLD raises in the midst of whatever the process is at, be it a save.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # torch sets no handler either
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return batches
 
 
 def worker_died(error: BaseException, workers: int) -> DataError:

@@ -28,6 +28,7 @@ from training_faults import (
     PatientSignals,
     Signal,
     SlowDisk,
+    SlowPictures,
     SlowRefusal,
     SynchronousPoll,
     TermEndsWorker,
@@ -118,12 +119,13 @@ def test_row_3_signals_to_the_launcher_stop_all_ranks_at_one_step(tmp_path):
 
 
 def test_row_3_a_signal_to_the_data_workers_too_still_stops_saved(tmp_path):
-    """As a cluster that stops a job sends it to all of its processes."""
+    """As a cluster that stops a job sends it to all of its processes, while a batch is awaited."""
     write_folder(tmp_path / "pictures", train=16)
     config = on_pictures(tiny_config(tmp_path / "x"), tmp_path / "pictures", 2)
 
     def start(name, *faults):
-        return program(replace(config, out=str(tmp_path / name)), *faults)
+        slow = SlowPictures(0.1)  # 0.8 s a batch
+        return program(replace(config, out=str(tmp_path / name)), slow, *faults)
 
     processes = [
         start("term", Signal(0, to="group")),
@@ -133,7 +135,7 @@ def test_row_3_a_signal_to_the_data_workers_too_still_stops_saved(tmp_path):
     for name, process, code in zip(("term", "int", "control"), processes, (75, 75, 3), strict=True):
         ended = end_of(process)
         assert ended.code == code, ended.output
-        assert (tmp_path / name / "checkpoints/step-1").exists() == (code == 75)
+        assert any((tmp_path / name).glob("checkpoints/step-*")) == (code == 75)
 
 
 def test_row_4_a_second_signal_leaves_at_once_with_the_previous_checkpoint(whole, tmp_path):
