@@ -340,9 +340,9 @@ def of_method(config: RunConfig, method: str) -> RunConfig:
 class _Resident(ResidentSplit):
     """Images on the device, as small data sets lie there; the gather is a step's copy."""
 
-    def batch(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+    def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         with span(COPY):
-            return super().batch(indices, seed=seed, epoch=epoch)
+            return super().batch(indices, seed=seed, epoch=epoch, side=side)
 
 
 def random_images(config: RunConfig, device: torch.device) -> ImageData:

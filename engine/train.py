@@ -686,7 +686,7 @@ class Trainer:
     def skips(self, counts: SkipCounts) -> str:
         return (
             f"{counts.skipped} steps of this epoch skipped by step {self.progress.step}: loss or "
-            "gradients not finite"
+            f"gradients not finite, the last in step {counts.last}"
         )
 
     def go_back(self, counts: SkipCounts) -> None:

@@ -315,7 +315,7 @@ class SynchronousPoll(Fault):
             if error is not None:
                 trainer.log.warn("checkpoint_failed", str(error))
 
-        train_module.Trainer.warn_of_failed_save = poll
+        train_module.Trainer.settle_last_save = poll
 
 
 @dataclass(frozen=True)
