@@ -6,7 +6,8 @@ Thresholds are *our reading*.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 
 
 def saturates_early(
@@ -33,6 +34,26 @@ def saturates_early(
     early = max(share * total_epochs, 1.0)
     epochs = [e for e, top1 in prompt_top1 if e <= early and top1 >= teacher_top1 - margin]
     return min(epochs, default=None)
+
+
+def loss_spike(
+    before: Sequence[float], now: float, *, factor: float = 2.0, epochs: int = 5
+) -> str | None:
+    """One line if the loss of an epoch stands far above those of the epochs before.
+
+    Args:
+        before: mean cross-entropy of the student in earlier epochs, in their order.
+        now: in this one.
+        factor: over the median of the last `epochs`, at least two, that counts as far.
+        epochs: how many of them to look at.
+    """
+    recent = before[-epochs:]
+    if len(recent) < 2 or not now > factor * statistics.median(recent):
+        return None
+    return (
+        f"the student's cross-entropy rose to {now:.3g}, the median of the {len(recent)} epochs "
+        f"before is {statistics.median(recent):.3g}"
+    )
 
 
 def overhead_warning(added: int, base: int, what: str, limit: float = 10.0) -> str | None:

@@ -32,6 +32,7 @@ SIGNATURES = {
     "fusion_missing": "fusion missing",
     "teacher_below_expectation": "teacher below expectation",
     "teacher_drift": "teacher drift",
+    "loss_spike": "loss spike",
     "skipped": "skipped steps",
     "rewind": "went back",
     "quarantine": "images in quarantine",

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from .alarms import (
     fusion_warning,
+    loss_spike,
     overhead_warning,
     saturates_early,
     saturation_warning,
@@ -82,6 +83,8 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """The student's mean cross-entropy, epoch by epoch."""
     rewinds: int = 0
     """Times that the run has gone back."""
     replaced: int = 0
@@ -609,6 +612,7 @@ class Trainer:
             self.log.row(row)
             self.log.say(self.summary(epoch, row))
             self.check_saturation(epoch)
+        self.check_spike(means[f"loss/{self.method.term_names[0]}"])
         self.step.meter.reset()
         self.step.gate.forget(streak=False)
         if at_end or is_best or self.save_asked or round(epoch) % config.checkpoint_every == 0:
@@ -642,6 +646,13 @@ class Trainer:
         left = (self.end_step - self.progress.step) * self.config.global_batch
         speed = row["images_per_second"]
         return "  ".join([*parts, f"{speed:,.0f} images/s", f"{clock(left / speed)} left"])
+
+    def check_spike(self, cross_entropy: float) -> None:
+        """Warn of an epoch that was far worse than those before; it is no reason to stop."""
+        warning = loss_spike(self.progress.losses, cross_entropy)
+        if warning is not None:
+            self.log.warn("loss_spike", warning, self.progress.step)
+        self.progress.losses.append(cross_entropy)
 
     def check_saturation(self, epoch: float) -> None:
         """Warn once if the prompt path copies the teacher (M44)."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dfptkd.engine.alarms import overhead_warning, saturates_early, teacher_warning
+from dfptkd.engine.alarms import loss_spike, overhead_warning, saturates_early, teacher_warning
 
 GRADUAL = [(e, 75.0 * (1 - math.exp(-e / 60))) for e in range(1, 241)]
 IDENTITY = [(e, 75.0 - 0.1 * (e % 3)) for e in range(1, 241)]
@@ -25,6 +25,14 @@ def test_M44_thresholds_are_half_a_point_in_the_first_tenth():
     assert saturates_early([(25, 75.0)], 75.0, 240) is None
     assert saturates_early([(24, 73.0)], 75.0, 240, margin=2.0) == 24
     assert saturates_early([(25, 75.0)], 75.0, 240, share=0.2) == 25
+
+
+def test_a_loss_far_above_the_epochs_before():
+    assert "rose to 9" in loss_spike([3.0, 2.0, 2.5], 9.0)
+    assert loss_spike([3.0, 2.0, 2.5], 4.9) is None  # not yet twice the median
+    assert loss_spike([1.0], 9.0) is None  # nothing to compare with
+    assert loss_spike([0.1] + [4.0] * 5, 5.0) is None  # the first one is forgotten
+    assert loss_spike([1.0, 1.0], math.nan) is None  # skipped steps have an alarm of their own
 
 
 def test_M44_a_short_run_is_judged_by_its_first_epoch():

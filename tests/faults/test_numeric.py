@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from injectors import Kill, differences, in_child, tiny_config, train, write_teacher
+from injectors import (
+    STEPS_PER_EPOCH,
+    Kill,
+    differences,
+    in_child,
+    tiny_config,
+    train,
+    write_teacher,
+)
 from training_faults import (
     Drift,
     LittleMemory,
@@ -322,17 +330,24 @@ class Stop:
 # Row 14 -------------------------------------------------------------------------------------------
 
 
-def test_row_14_a_loss_spike_that_is_finite_is_no_reason_to_skip_or_end(tmp_path, monkeypatch):
-    """It is a step like any other, and shows in the epoch's mean."""
+@pytest.mark.parametrize("factor", [1e3, 1.0])
+def test_row_14_a_loss_spike_that_is_finite_is_an_event_and_not_the_end(
+    tmp_path, monkeypatch, factor
+):
+    """Control: without the spike there is no event."""
     plain, number = train_module.TrainStep._image_parts, [0]
 
     def spiking(step, batch):
         number[0] += 1
-        return tuple(part * (1e3 if number[0] == 3 else 1) for part in plain(step, batch))
+        spikes = number[0] == 4 * STEPS_PER_EPOCH - 1
+        if spikes:
+            list(step.method.student.parameters())[-2].data.mul_(factor)  # the last layer's
+        return plain(step, batch)
 
     monkeypatch.setattr(train_module.TrainStep, "_image_parts", spiking)
-    run(tiny_config(tmp_path / "a"))
+    run(tiny_config(tmp_path / "a", epochs=4))
     assert "skipped" not in kinds(tmp_path / "a")
+    assert kinds(tmp_path / "a").count("loss_spike") == (factor > 1)
     assert json.loads((tmp_path / "a/status.json").read_text())["state"] == "finished"
 
 
