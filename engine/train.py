@@ -691,10 +691,12 @@ class Trainer:
             self.go_back(self.step.gate.read())
 
     def are_too_many(self, counts: SkipCounts) -> bool:
+        """Whether either budget of skipped steps is spent."""
         limits = self.config.step
         return counts.skipped > limits.max_skips or counts.in_a_row > limits.max_skips_in_a_row
 
     def skips(self, counts: SkipCounts) -> str:
+        """What there is to say of them."""
         return (
             f"{counts.skipped} steps of this epoch skipped by step {self.progress.step}: loss or "
             f"gradients not finite, the last in step {counts.last}"
@@ -785,6 +787,11 @@ class Trainer:
         return {k: v if math.isfinite(v) else str(v) for k, v in terms.items()}
 
     def stop_if_asked(self) -> None:
+        """Leave, in all processes at this step, if any was asked to.
+
+        Raises:
+            Stopped: It was.
+        """
         self.stop.now()
         if self.stop:
             name = signal.Signals(self.stop.number).name
@@ -909,6 +916,7 @@ class Trainer:
         self.world.of_main(self.writer.finish)
 
     def warn_of_storage(self, message: str) -> None:
+        """What went wrong on the disk without harm."""
         self.log.warn("storage", message, self.progress.step)
 
     def own_state(self) -> dict[str, torch.Tensor]:
