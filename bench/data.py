@@ -28,10 +28,10 @@ from ..engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from ..engine.data import Batch, ImageData, epoch_rows, load_data, steps_per_epoch
 from ..engine.data.file_data import SOURCES, choose_loader
 from ..engine.errors import UsageError
+from ..engine.machine import pick_device
 from ..engine.stand_in import build_step
 from ..engine.step import TrainStep
 from ..engine.timing import Timing, spread
-from ..engine.train import pick_device
 from .measure import Row, append_rows, bench_parser, make_row, positive
 from .step import METHODS, parse_names, parse_pairs
 

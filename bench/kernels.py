@@ -22,8 +22,8 @@ from rich.table import Table
 
 from ..engine.config import RunConfig
 from ..engine.errors import UsageError
+from ..engine.machine import pick_device
 from ..engine.timing import copy_bandwidth, time_interleaved
-from ..engine.train import pick_device
 from .cases import LOSSES, Case, images_case, loss_case, pair_case
 from .measure import (
     Row,

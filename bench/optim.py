@@ -20,11 +20,11 @@ from torch import nn
 
 from ..engine.config import LossConfig, OptimConfig, RunConfig
 from ..engine.errors import UsageError
+from ..engine.machine import pick_device
 from ..engine.methods.cross_entropy import CrossEntropy
 from ..engine.models import create_model
 from ..engine.optim import build_optimizer, check_optimizer, rates_to_device
 from ..engine.timing import copy_bandwidth, time_interleaved
-from ..engine.train import pick_device
 from .kernels import print_rows
 from .measure import Row, append_rows, bench_parser, captured, make_row, peak_bytes
 

@@ -44,13 +44,13 @@ from ..engine.config import (
 )
 from ..engine.data import Batch, load_data, train_batches
 from ..engine.errors import UsageError
+from ..engine.machine import pick_device
 from ..engine.memory import kept_bytes
 from ..engine.metrics import Normalise, normaliser
 from ..engine.models import PromptFusion, create_model, split_stages
 from ..engine.stand_in import build_step, pair_cost
 from ..engine.step import TrainStep
 from ..engine.timing import time_interleaved
-from ..engine.train import pick_device
 from ..kernels import use_backend
 from .measure import (
     Row,

@@ -105,8 +105,9 @@ def _overview() -> str:
 
 def _train(args: list[str]) -> int:
     from .distributed import World
+    from .machine import check_machine
     from .teacher import find_teacher, teacher_run
-    from .train import check_machine, run, run_seeds
+    from .train import run, run_seeds
 
     config = parse_run("train", args)
     if config is None:

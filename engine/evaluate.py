@@ -12,8 +12,8 @@ from .config import RunConfig, from_dict
 from .data import load_data
 from .errors import DataError
 from .export import read_source
+from .machine import pick_device
 from .metrics import evaluate
-from .train import pick_device
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,14 @@ from .data import SOURCES, steps_per_epoch
 from .data.facts import DataFacts, data_facts
 from .errors import StorageError
 from .log import clock, hardware
+from .machine import pick_device
 from .memory import available_bytes
 from .probe import Built, Failed, Probe, build, run_probe
 from .run_memory import Memory, MemoryModel, traced_twin
 from .stand_in import pair_cost, stand_in
 from .step import choose_mode
 from .teacher import find_teacher, run_folder
-from .train import end_step, pick_device
+from .train import end_step
 
 PROBE_SECONDS = 60.0
 # glibc then keeps nothing, and a step takes 2.6 times as long.

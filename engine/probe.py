@@ -26,12 +26,12 @@ from torch import nn
 
 from .config import RunConfig, from_dict, to_dict
 from .data import ImageData, load_data
+from .machine import pick_device, prepare_torch
 from .memory import process_bytes
 from .metrics import normaliser
 from .models.parts import eval_mode
 from .stand_in import build_step
 from .step import TrainStep
-from .train import pick_device, prepare_torch
 
 STEPS = 8  # timed steps that are enough,
 SECONDS = 5.0  # if they took this long: a median over 8 short steps says little

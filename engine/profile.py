@@ -37,6 +37,7 @@ from .data.source import Augmentation, ResidentSplit
 from .errors import UsageError
 from .files import write_atomically
 from .log import RunLog, commit, hardware, versions
+from .machine import pick_device, prepare_torch
 from .memory import kept_bytes
 from .methods import Method
 from .methods.base import FrozenTeacherMethod
@@ -65,7 +66,6 @@ from .timeline import (
     stage_name,
 )
 from .timing import copy_bandwidth, matmul_peak, time_call, time_interleaved
-from .train import pick_device, prepare_torch
 
 METHODS = ("ce", "kd", "dfpt", "dfpt_plus")
 LIMIT_PERCENT = 10.0  # A14: denser prompt blocks are a failure

@@ -34,23 +34,24 @@ from .checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
-from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
+from .config import RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
 from .data.crops import side_of_epoch
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .explain import EVALUATION, explained
 from .files import write_atomically
-from .log import ProgressLine, RunLog, SilentLog, clock, commit, hardware, versions, write_json
+from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
+from .machine import check_machine, check_sizes, prepare_torch
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
-from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
+from .models.cost import teacher_cost
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
-from .records import RUN_FORMAT
-from .resume import check_same_state, flat, start_of_main
-from .step import SkipCounts, TrainStep, choose_mode
+from .resume import check_same_state, start_of_main
+from .run_record import run_record
+from .step import SkipCounts, TrainStep
 from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
 from .together import RandomState, SharedBatches, take_turns
 from .watchdog import Watchdog
@@ -151,40 +152,6 @@ def run_seeds(config: RunConfig, world: World | None = None) -> list[RunResult]:
         waiting = (Exception,) if world.size == 1 else (Stopped, NumericError, StorageError)
         results = iter(take_turns(turns, [p.random for p in pending], waiting))
         return [next(results) if isinstance(m, Pending) else m for m in made]
-
-
-def check_machine(config: RunConfig, world: World) -> torch.device:
-    """The device of this process; refuses, before anything is read, what cannot run here.
-
-    Raises:
-        UsageError: No such device, execution mode, or way to cut a batch.
-    """
-    device = pick_device(config, world)
-    choose_mode(config, device, world.size)
-    parts = world.size * config.accumulate
-    if config.global_batch % parts:
-        raise UsageError(
-            f"global_batch={config.global_batch} over {world.size} processes and accumulate="
-            f"{config.accumulate}: expected a multiple of {parts}"
-        )
-    return device
-
-
-def check_sizes(config: RunConfig, data: ImageData, world: World) -> None:
-    """Refuse splits of which a process would get no equal share.
-
-    Raises:
-        UsageError: It names the split and what would do.
-    """
-    num_train, num_test = len(data.train), len(data.test)
-    if num_train < config.global_batch and num_train % world.size:
-        raise UsageError(
-            f"global_batch={config.global_batch} with {num_train} training images, which are one "
-            f"batch and no multiple of {world.size} processes: expected --global-batch of at most "
-            f"{num_train}"
-        )
-    if num_test < world.size:
-        raise UsageError(f"{num_test} test images: expected at most {num_test} processes")
 
 
 @dataclass(frozen=True)
@@ -1014,36 +981,6 @@ def own_prefix(rank: int) -> str:
     return f"rank{rank}." if rank else ""
 
 
-def pick_device(config: RunConfig, world: World = SINGLE) -> torch.device:
-    """The device asked for, or the best there is; of several processes each has its own GPU."""
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"device={name!r}: expected cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device={name!r}: this machine has no usable CUDA device; expected cpu")
-    if config.precision == "fp16" and name == "cpu":
-        raise UsageError("precision='fp16' on cpu: expected fp32 or bf16")
-    if world.size == 1 or name == "cpu":
-        return torch.device(name)
-    if name != "cuda":
-        raise UsageError(f"device={name!r} with {world.size} processes: expected cuda or cpu")
-    if world.local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"process {world.local_rank} of this machine, which has {torch.cuda.device_count()} "
-            "CUDA devices: expected at most one process for each (--nproc-per-node)"
-        )
-    device = torch.device("cuda", world.local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def prepare_torch(config: RunConfig) -> None:
-    """Process-wide switches."""
-    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
-        torch.use_deterministic_algorithms(config.deterministic)  # imports torch's compiler: 2 s
-    torch.backends.cudnn.benchmark = not config.deterministic
-
-
 def end_step(config: RunConfig, total_steps: int) -> int:
     """Number of steps after which the run ends."""
     return total_steps if config.max_steps is None else min(config.max_steps, total_steps)
@@ -1056,56 +993,3 @@ def already_done(out: Path, checkpoint: Checkpoint, world: World = SINGLE) -> Ru
     if world.is_main:
         print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %")
     return RunResult(out, progress.step, progress.last, progress.best)
-
-
-def run_record(
-    config: RunConfig,
-    data: ImageData,
-    student: torch.nn.Module,
-    cost: TeacherCost | None,
-    teacher: dict[str, Any] | None,
-    device: torch.device,
-    world: World = SINGLE,
-) -> dict[str, Any]:
-    """Contents of run.json."""
-    shape = (1, 3, *data.image_size)
-    student_macs = count_macs(student, shape)
-    settings = flat(to_dict(config))
-    costs: dict[str, Any] = {
-        "student_params": count_params(student),
-        "student_macs": student_macs,
-        "train_macs_per_image": training_macs(
-            config.method if not config.loss.mixture_control else "kd", student_macs, cost
-        ),
-    }
-    if cost is not None:
-        costs |= {"teacher_params": cost.teacher_params, "teacher_macs": cost.teacher_macs}
-    if cost is not None and config.has_prompt_path:
-        costs |= {
-            name: getattr(cost, name)
-            for name in (
-                "added_params", "added_macs", "params_overhead_percent", "macs_overhead_percent",
-            )
-        }  # fmt: skip
-    return {
-        "format": RUN_FORMAT,
-        "config": to_dict(config),
-        "versions": versions(),
-        "commit": commit(),
-        "hardware": hardware(device),
-        "world_size": world.size,
-        "data": {
-            "name": data.name,
-            "num_classes": data.num_classes,
-            "image_size": list(data.image_size),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "class_names": data.class_names,
-        },
-        "teacher": teacher,
-        "cost": costs,
-        "not_known_from_paper": {
-            name: settings[name] for name in NOT_KNOWN_FROM_PAPER if config.has_prompt_path
-        },
-        "warnings": [],
-    }

@@ -22,9 +22,9 @@ from dfptkd.engine.data import load_data, train_batches
 from dfptkd.engine.data import test_batches as evaluation_batches
 from dfptkd.engine.distributed import World, synchronise_batch_norms
 from dfptkd.engine.errors import UsageError
+from dfptkd.engine.machine import check_machine, check_sizes
 from dfptkd.engine.models.prompt import PromptFusion
 from dfptkd.engine.step import choose_mode
-from dfptkd.engine.train import check_machine, check_sizes
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,0 +1,75 @@
+"""The device of a process, and what it cannot run: refused before anything is read."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import RunConfig
+from .data import ImageData
+from .distributed import SINGLE, World
+from .errors import UsageError
+from .step import choose_mode
+
+
+def check_machine(config: RunConfig, world: World) -> torch.device:
+    """The device of this process; refuses, before anything is read, what cannot run here.
+
+    Raises:
+        UsageError: No such device, execution mode, or way to cut a batch.
+    """
+    device = pick_device(config, world)
+    choose_mode(config, device, world.size)
+    parts = world.size * config.accumulate
+    if config.global_batch % parts:
+        raise UsageError(
+            f"global_batch={config.global_batch} over {world.size} processes and accumulate="
+            f"{config.accumulate}: expected a multiple of {parts}"
+        )
+    return device
+
+
+def check_sizes(config: RunConfig, data: ImageData, world: World) -> None:
+    """Refuse splits of which a process would get no equal share.
+
+    Raises:
+        UsageError: It names the split and what would do.
+    """
+    num_train, num_test = len(data.train), len(data.test)
+    if num_train < config.global_batch and num_train % world.size:
+        raise UsageError(
+            f"global_batch={config.global_batch} with {num_train} training images, which are one "
+            f"batch and no multiple of {world.size} processes: expected --global-batch of at most "
+            f"{num_train}"
+        )
+    if num_test < world.size:
+        raise UsageError(f"{num_test} test images: expected at most {num_test} processes")
+
+
+def pick_device(config: RunConfig, world: World = SINGLE) -> torch.device:
+    """The device asked for, or the best there is; of several processes each has its own GPU."""
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device={name!r}: expected cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device={name!r}: this machine has no usable CUDA device; expected cpu")
+    if config.precision == "fp16" and name == "cpu":
+        raise UsageError("precision='fp16' on cpu: expected fp32 or bf16")
+    if world.size == 1 or name == "cpu":
+        return torch.device(name)
+    if name != "cuda":
+        raise UsageError(f"device={name!r} with {world.size} processes: expected cuda or cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {world.local_rank} of this machine, which has {torch.cuda.device_count()} "
+            "CUDA devices: expected at most one process for each (--nproc-per-node)"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def prepare_torch(config: RunConfig) -> None:
+    """Process-wide switches."""
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
+        torch.use_deterministic_algorithms(config.deterministic)  # imports torch's compiler: 2 s
+    torch.backends.cudnn.benchmark = not config.deterministic
