@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .models.weights import first_line
+from .files import first_line
 
 BUILD = (
     "git clone https://github.com/NVIDIA/apex && cd apex && "

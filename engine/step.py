@@ -28,11 +28,11 @@ from .config import RunConfig
 from .data import Batch, ImageData
 from .distributed import SINGLE, World, accumulating
 from .errors import UsageError
+from .files import first_line
 from .guards import Certificate, certify
 from .methods import Method, StepOutput
 from .metrics import EpochMeter, normaliser
 from .models.parts import Remembered
-from .models.weights import first_line
 from .optim import (
     build_ema,
     build_optimizer,

@@ -30,8 +30,8 @@ from .crops import Crops
 from .header import plain_size
 from .image_files import ImageFiles
 from .order import flips
-from .source import Batch, Split
-from .torchvision_loader import cut, decode_rgb, one_line
+from .source import Batch
+from .torchvision_loader import FileSplit, cut, decode_rgb
 
 _READERS = 4  # threads that read files, a batch each
 _READ_AHEAD = 4  # batches read before a decoder is free
@@ -74,23 +74,13 @@ class _DecodeError(Exception):
         self.step = step
 
 
-class DaliSplit(Split):
-    """A split whose images DALI decodes.
-
-    Args:
-        files: The encoded images.
-        crops: Where they are cut.
-        side: Of the squares that come out, in pixels, unless asked for another.
-        device: Where batches land; a CUDA device decodes, too.
-        flip: Whether half of the images are to be mirrored.
-    """
+class DaliSplit(FileSplit):
+    """A split whose images DALI decodes; on a CUDA device there."""
 
     def __init__(
         self, files: ImageFiles, crops: Crops, side: int, device: torch.device, *, flip: bool
     ) -> None:
-        self.files, self.crops, self.side = files, crops, side
-        self.labels = files.labels
-        self.device, self.flip = device, flip
+        super().__init__(files, crops, side, device, flip=flip)
         self.resize_in_dali = device.type == "cuda"
         # Not in use: a stream borrows one, so that streams of several seeds may take turns.
         self._idle: list[_Decoder] = []
@@ -135,10 +125,6 @@ class DaliSplit(Split):
     def release(self) -> None:
         """See `Split.release`."""
         self._idle.clear()
-
-    def where(self, sample: int) -> str:
-        """See `Split.where`."""
-        return self.files.where(sample)
 
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
@@ -229,8 +215,9 @@ class DaliSplit(Split):
         names = ", ".join(self.files.where(int(sample)) for sample in indices[:_NAMED])
         others = f" and {len(indices) - _NAMED} others" if len(indices) > _NAMED else ""
         return (
-            f"{names}{others}: DALI cannot decode this batch, though Pillow can ({one_line(error)})"
-            "; dfptkd verify-data checks every file; --data.loader torchvision does without DALI"
+            f"{names}{others}: DALI cannot decode this batch, though Pillow can "
+            f"({_one_line(error)}); dfptkd verify-data checks every file; --data.loader "
+            "torchvision does without DALI"
         )
 
 
@@ -257,7 +244,7 @@ class _Decoder:
             self._fill()
         except Exception as error:
             raise UsageError(
-                f"data.loader='dali': DALI does not start on {device} ({one_line(error)}): "
+                f"data.loader='dali': DALI does not start on {device} ({_one_line(error)}): "
                 "expected a driver that fits it, or --data.loader torchvision"
             ) from error
 
@@ -356,6 +343,11 @@ def _resize_to(image: Tensor, out: Tensor) -> None:
     """
     source, target = (tensor.permute(2, 0, 1)[None] for tensor in (image, out))
     torch.ops.aten._upsample_bilinear2d_aa.out(source, out.shape[:2], False, out=target)
+
+
+def _one_line(error: Exception) -> str:
+    """All of it: DALI says what happened in the last of its lines."""
+    return " ".join(str(error).split())
 
 
 def _as_ppm(image: Image.Image) -> bytes:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
+from ..files import first_line
 from .crops import Crops
 from .image_files import ImageFiles
 from .order import flips
@@ -28,8 +29,8 @@ from .source import Batch, Split
 Image.MAX_IMAGE_PIXELS = None
 
 
-class TorchvisionSplit(Split):
-    """A split whose images are decoded when a batch asks for them.
+class FileSplit(Split):
+    """A split of image files; a loader subclasses it.
 
     Args:
         files: The encoded images.
@@ -45,6 +46,14 @@ class TorchvisionSplit(Split):
         self.files, self.crops, self.side = files, crops, side
         self.labels = files.labels  # on the CPU, where workers choose
         self.device, self.flip = device, flip
+
+    def where(self, sample: int) -> str:
+        """See `Split.where`."""
+        return self.files.where(sample)
+
+
+class TorchvisionSplit(FileSplit):
+    """A split whose images are decoded when a batch asks for them."""
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         """See `Split.batch`."""
@@ -98,10 +107,6 @@ class TorchvisionSplit(Split):
         """
         return decode_rgb(self.files.read(sample), self.files.where(sample))
 
-    def where(self, sample: int) -> str:
-        """See `Split.where`."""
-        return self.files.where(sample)
-
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
         return {"loader": "torchvision", "crops": repr(self.crops), "side": self.side}
@@ -118,8 +123,8 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise DataError(
-            f"{name}: cannot be decoded as an image ({one_line(error)}); dfptkd verify-data finds "
-            "every such file"
+            f"{name}: cannot be decoded as an image ({first_line(error)}); dfptkd verify-data "
+            "finds every such file"
         ) from error
 
 
@@ -140,11 +145,6 @@ def cut(image: Image.Image, box: Sequence[float], side: int, cut_first: bool) ->
         whole = tuple(round(edge) for edge in edges)
         return np.asarray(image.crop(whole).resize(size, Image.Resampling.BILINEAR))  # type: ignore[arg-type]
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=edges))
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def on_device(batches: Iterable[Batch | DataError], device: torch.device) -> Iterator[Batch]:
@@ -184,7 +184,7 @@ def _workers(loader: DataLoader) -> Iterator[Batch | DataError]:
 def worker_died(error: BaseException, workers: int) -> DataError:
     """What to say where one of `workers` processes is no more."""
     return DataError(
-        f"a process that decodes images has died ({one_line(error)}): expected memory for "
+        f"a process that decodes images has died ({first_line(error)}): expected memory for "
         f"--data.workers {workers}, or fewer of them"
     )
 

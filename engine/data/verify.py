@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import DataError, StorageError
+from ..files import first_line
 from .image_files import SUFFIXES, is_image_name, list_folder
 from .quarantine import LIST_NAME, Quarantine
-from .torchvision_loader import one_line, to_rgb
+from .torchvision_loader import to_rgb
 
 HUGE = 50_000_000  # pixels: 150 MB as 8-bit RGB
 _CHUNK = 64  # images handed to a process at a time
@@ -147,7 +148,7 @@ def look_at(member: Member) -> Result:
     except UnidentifiedImageError:
         return member.name, "not an image", []
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        return member.name, f"damaged: {one_line(error)}", []
+        return member.name, f"damaged: {first_line(error)}", []
     return member.name, None, oddities
 
 

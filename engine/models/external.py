@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError, UsageError
+from ..files import first_line
 from .key_maps import renamed
 from .names import unknown_name
 from .parts import Parts, pooled_head
-from .weights import FILE_SUFFIXES, PACKAGE, first_line, load_strict, read_state_dict
+from .weights import FILE_SUFFIXES, PACKAGE, load_strict, read_state_dict
 
 
 def create_torchvision(architecture: str, num_classes: int, weights: str | None) -> nn.Module:

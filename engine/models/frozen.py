@@ -23,10 +23,10 @@ from torch import Tensor, fx, nn
 
 from ...kernels import frozen_conv2d, frozen_relu
 from ...kernels.backend import autocast_dtype
+from ..files import first_line
 from .external import plain_layers
 from .parts import eval_mode
 from .trace import RELU_MODULES, RELUS, LeafTracer
-from .weights import first_line
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, F.dropout)
 _log = logging.getLogger(__name__)

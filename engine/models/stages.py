@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import UsageError
+from ..files import first_line
 from .external import external_parts
 from .parts import Parts, StagedModel
 from .trace import cut_after
-from .weights import first_line
 
 PROBE_SIZES = (32, 224)
 """Image sides in pixels that are tried in turn to find the stages' channels."""

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import UsageError
+from ..files import first_line
 from .names import unknown_name
 from .parts import Parts, eval_mode
-from .weights import first_line
 
 RELUS = {torch.relu, torch.relu_, F.relu, F.relu6, "relu", "relu_"}
 RELU_MODULES = (nn.ReLU, nn.ReLU6)
