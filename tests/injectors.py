@@ -209,6 +209,21 @@ class Kill(Fault):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class WholeSaves(Fault):
+    """A checkpoint is on disk before the run goes on: which one a later kill leaves is certain."""
+
+    def install(self) -> None:
+        writer = train_module.CheckpointWriter
+        begin = writer.save
+
+        def save(this: Any, *args: Any, **kwargs: Any) -> None:
+            begin(this, *args, **kwargs)
+            this._wait()
+
+        writer.save = save
+
+
 KILL_POINTS = (
     "before",
     "after",

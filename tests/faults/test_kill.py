@@ -9,6 +9,7 @@ from injectors import (
     KILL_POINTS,
     STEPS_PER_EPOCH,
     Kill,
+    WholeSaves,
     crash_everywhere,
     differences,
     in_child,
@@ -67,7 +68,8 @@ def test_row_1_control_a_lost_momentum_shows(tmp_path, monkeypatch):
     """Negative control: with a part of the state not restored the ends differ."""
     whole, killed = (tiny_config(tmp_path / name) for name in ("whole", "killed"))
     assert in_child(train, whole, folder=tmp_path).code == 0
-    assert in_child(train, killed, Kill(6, "after"), folder=tmp_path).code == -9
+    ended = in_child(train, killed, WholeSaves(), Kill(6, "after"), folder=tmp_path)
+    assert ended.code == -9
     monkeypatch.setattr(train_module, "restore_optimizer", lambda *_: None)
     run(killed)
     assert "tensor student.conv1.weight" in differences(tmp_path / "whole", tmp_path / "killed", 8)
