@@ -159,3 +159,24 @@ def wrn_40_2_shufflenetv1(method: str = "dfpt") -> RunConfig:
         "wrn_40_2_shufflenetv1", "wrn_40_2", "ShuffleV1", method,
         teacher_top1=75.61, dkd_beta=8, lr=0.01,
     )  # fmt: skip
+
+
+# For a CPU
+# -----------------------------------------------------------------------------------------------
+
+
+def resnet20_s2_resnet8_s2(method: str = "dfpt") -> RunConfig:
+    """Sized for two CPU cores, of no published table: maps of half the side, a teacher that has
+    seen all 50,000 images for 20 epochs, a student that sees 50 of each class for 16."""
+    return RunConfig(
+        recipe="cifar100.resnet20_s2_resnet8_s2",
+        method=method,  # type: ignore[arg-type]
+        student="cifar:resnet8_s2",
+        epochs=16,
+        eval_every=2,
+        data=DataConfig(name="cifar100", train_limit=5_000),
+        teacher=TeacherConfig(name="cifar:resnet20_s2", epochs=20, lr=0.1, global_batch=128),
+        # DKD's beta: that of resnet56_resnet20, the pair most like it.
+        loss=LossConfig(dkd_beta=2, warmup_epochs=1 if method == "dkd" else 0),
+        optim=OptimConfig(lr=0.05, schedule="cosine"),
+    )
