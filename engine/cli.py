@@ -36,6 +36,7 @@ VERBS = {
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
     "verify-data": "find images that cannot be decoded: dfptkd verify-data DIR [--out FILE]",
     "bench": "measurements side by side: dfptkd bench kernels|step|data|overhead|optim [options]",
+    "study": "a declared set of runs, and its record: dfptkd study NAME --budget full|short|cpu",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
 
@@ -84,6 +85,7 @@ def _dispatch(argv: list[str]) -> int:
         "profile": _profile,
         "verify-data": _verify_data,
         "bench": _bench,
+        "study": _study,
         "doctor": _doctor,
     }
     if verb not in commands:
@@ -182,10 +184,7 @@ def parse_run(verb: str, args: list[str], own: Sequence[str] = ()) -> RunConfig 
         config = config if method is None else _with_method(config, method)
     else:
         config = _make_recipe(typing.cast(str, recipe), method)
-    if arm is not None:
-        if arm not in arms():
-            raise UsageError(f"unknown arm {arm!r}{suggestion(arm, arms())}")
-        config = dataclasses.replace(arms()[arm](config), arm=arm)
+    config = _with_arm(config, arm)
     if verb == "train-teacher" and config.role != "teacher":
         from .teacher import teacher_run
 
@@ -219,6 +218,8 @@ def parse_options(
             expanded += [name, *([value] if equals else [])]
         else:
             expanded.append(arg)
+    if not expanded:
+        return config
     # `--seeds 0,1,2` as well as `--seeds 0 1 2`
     listed: list[str] = []
     option = ""
@@ -308,6 +309,14 @@ def _with_method(config: RunConfig, method: str) -> RunConfig:
     return dataclasses.replace(config, method=typing.cast(Any, method))
 
 
+def _with_arm(config: RunConfig, arm: str | None) -> RunConfig:
+    if arm is None:
+        return config
+    if arm not in arms():
+        raise UsageError(f"unknown arm {arm!r}{suggestion(arm, arms())}")
+    return dataclasses.replace(arms()[arm](config), arm=arm)
+
+
 def _check_method(method: str) -> None:
     methods = typing.get_args(typing.get_type_hints(RunConfig)["method"])
     if method not in methods:
@@ -325,7 +334,7 @@ def _recipes(module: str = "") -> Any:
 def _recipe_modules() -> list[str]:
     folder = Path(_recipes().__file__).parent
     names = [p.stem for p in sorted(folder.glob("*.py"))]
-    return [name for name in names if name not in ("__init__", "arms")]
+    return [name for name in names if name not in ("__init__", "arms", "studies")]
 
 
 def recipe_names() -> list[str]:
@@ -501,6 +510,64 @@ def _bench(args: list[str]) -> int:
         raise UsageError(f"bench: expected what to measure, one of: {' '.join(parts)}")
     package = __package__.rpartition(".")[0]
     return importlib.import_module(f"{package}.bench.{args[0]}").main(args[1:])
+
+
+def _study(args: list[str]) -> int:
+    studies = _recipes("studies").STUDIES
+    if not args or args[0] in ("-h", "--help"):
+        print("studies, and what each asks:\n")
+        for name, make in studies.items():
+            print(f"  {name:<14} {make('full').question}")
+        print("\ndfptkd study NAME --help lists the options.")
+        return 0 if args else UsageError.exit_code
+    name = args.pop(0)
+    if name not in studies:
+        raise UsageError(f"unknown study {name!r}{suggestion(name, studies)}")
+    parser = Parser(prog=f"dfptkd study {name}", description=VERBS["study"], allow_abbrev=False)
+    add = parser.add_argument
+    budgets = ("full", "short", "cpu")
+    add("--budget", choices=budgets, required=True, help="240 or 40 epochs, or small networks")
+    add("--seeds", help="numbers with commas; absent: the study's")
+    add("--data.root", dest="root", help="folder of the data; absent: DFPTKD_DATA")
+    add("--out-root", type=Path, help="folder of the runs; absent: runs/study-BUDGET")
+    add("--results", type=Path, default=Path("bench/results"), help="folder of the record")
+    add("--device", choices=("cpu", "cuda"), help="absent: cuda where there is one")
+    add("--workers", type=int, help="runs at a time; absent: one a GPU, one a core")
+    add("--minutes", type=float, help="stop and save after so long")
+    add("--list", action="store_true", help="say what there is to do, and do nothing")
+    options = _parse(parser, args)
+    if options is None:
+        return 0
+    from .study import list_study, run_study, slots
+
+    study = studies[name](options.budget)
+    if options.seeds is not None:
+        study = dataclasses.replace(study, seeds=_numbers("--seeds", options.seeds))
+    for option in ("workers", "minutes"):
+        value = getattr(options, option)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{option} {value}: expected a number above 0")
+    out_root = options.out_root or Path("runs") / f"study-{options.budget}"
+
+    def configure(cell: Any) -> RunConfig:
+        config = _with_arm(_make_recipe(cell.recipe, cell.method), cell.arm)
+        data = dataclasses.replace(config.data, root=options.root)
+        return dataclasses.replace(config, out_root=str(out_root), data=data)
+
+    if options.list:
+        list_study(study, configure)
+        return 0
+    places = slots(options.device, options.workers)
+    run_study(study, configure, places, results=options.results, minutes=options.minutes)
+    return 0
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Different whole numbers with commas between."""
+    parts = text.split(",")
+    if not all(p.isdecimal() for p in parts) or len(set(parts)) < len(parts):
+        raise UsageError(f"{option} {text}: expected different whole numbers with commas between")
+    return tuple(int(p) for p in parts)
 
 
 def _doctor(args: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -99,17 +99,29 @@ def find_checkpoint(config: RunConfig, out: Path, warn: Callable[[str], None]) -
 
 def check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
     """Refuse to go on from a checkpoint of another configuration, naming the differences."""
-    then, now = flat(checkpoint.state["config"]), flat(to_dict(config))
-    different = [
-        f"{key}: {then.get(key)} there, {now.get(key)} here"
-        for key in sorted(then.keys() | now.keys())
-        if key not in MAY_CHANGE and _plain(then.get(key)) != _plain(now.get(key))
-    ]
+    different = differences(checkpoint.state["config"], config)
     if different:
         raise DataError(
             f"{checkpoint.path}: checkpoint of another run ({'; '.join(different)}): "
             "expected the same options, or another --out"
         )
+
+
+def differences(then: dict[str, Any], config: RunConfig, exact: Collection[str] = ()) -> list[str]:
+    """What tells a run from another of the same folder, a line an option.
+
+    Args:
+        then: The other's configuration, as JSON has it.
+        config: The run's.
+        exact: Options that must be equal although a run that goes on may change them.
+    """
+    before, now = flat(then), flat(to_dict(config))
+    return [
+        f"{key}: {before.get(key)} there, {now.get(key)} here"
+        for key in sorted(before.keys() | now.keys())
+        if (key not in MAY_CHANGE or key in exact)
+        and _plain(before.get(key)) != _plain(now.get(key))
+    ]
 
 
 def check_same_state(checkpoint: Checkpoint, ours: dict[str, Any]) -> None:

@@ -58,6 +58,8 @@ def run_record(
             "mean": list(data.mean),
             "std": list(data.std),
             "class_names": data.class_names,
+            "train_images": len(data.train),
+            "test_images": len(data.test),
         },
         "teacher": teacher,
         "cost": costs,

@@ -1,17 +1,34 @@
 """`dfptkd study`: a declared set of runs, done as far as the machine allows, and put on record.
 
-A study is a table of cells, each a recipe, a method and an arm, run with the same seeds. Its runs are
-ordinary ones, in folders of their own, shared by studies that have a cell in common; whatever ends
-it, the same command goes on. On record are `<study>.csv`, a row for each finished run, and
+A study is a table of cells, each a recipe, a method and an arm, run with the same seeds. Its runs
+are ordinary ones, in folders that studies with a cell in common share; whatever ends a study, the
+same command goes on. On record are `<study>.csv`, a row for each finished run, and
 `runs/<study>-<budget>.zip` with run.json and metrics.csv of each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from .config import RunConfig, to_dict
+from .errors import DataError, Stopped
+from .log import clock, write_json
+from .preemption import StopRequest, stop_on_signal
+from .study_record import put_on_record
+from .teacher import find_teacher, run_folder, teacher_run
 
 Budget = Literal["full", "short", "cpu"]
+POLL_S = 0.2
+KILL_AFTER_S = 60.0  # a run that was asked to stop saves within this time
 
 
 @dataclass(frozen=True)
@@ -37,41 +54,244 @@ class Study:
     """One sentence: what the answer does not say."""
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
-    options: tuple[str, ...] = ()
-    """Of the command line, for every run: ("--epochs", "40")."""
+    epochs: int | None = None
+    """Of every run; None: as the recipe has it."""
     against: tuple[str, ...] = ("KD",)
     """Labels of the cells that the others of the same recipe are compared with, seed by seed."""
     curves: tuple[str, ...] = ()
     """Columns of metrics.csv to draw over the epochs, a figure each."""
 
+    def config(self, cell: Cell, configure: Configure) -> RunConfig:
+        """The configuration of a cell's runs, without their seed."""
+        config = configure(cell)
+        return config if self.epochs is None else replace(config, epochs=self.epochs)
 
-@dataclass(frozen=True)
-class StudyRow:
-    """A finished run: a line of `<study>.csv`, in this order of columns."""
+    def command(self, cell: Cell, seed: int) -> str:
+        """What makes one of its runs again."""
+        arm = "" if cell.arm is None else f" --arm {cell.arm}"
+        epochs = "" if self.epochs is None else f" --epochs {self.epochs}"
+        method = f"--method {cell.method}"
+        return f"dfptkd train {cell.recipe} {method}{arm}{epochs} --seed {seed}"
 
-    budget: str
-    cell: str
-    """Label of the cell."""
-    recipe: str
-    method: str
-    arm: str | None
-    seed: int
-    epochs: int
-    train_images: int
-    last_top1: float
-    """Student after the last epoch, in percent."""
-    best_top1: float
-    """Student at its best epoch, chosen on the test set."""
-    prompt_top1: float | None
-    teacher_top1: float | None
-    seconds: float
-    """Training alone, without evaluations."""
+
+Configure = Callable[[Cell], RunConfig]
+"""A cell's recipe, with its method and arm."""
+
+
+class Slot(NamedTuple):
+    """What one run at a time has to itself."""
+
     device: str
-    threads: int
-    torch: str
-    commit: str
-    date: str
-    run: str
-    """Name of the run's folder in the archive."""
-    command: str
-    """What makes this run again (but for the paths of data and teacher)."""
+    environment: dict[str, str]
+
+
+class Job(NamedTuple):
+    """What one process does: a run, or those of several seeds together."""
+
+    name: str
+    config: RunConfig
+
+
+@dataclass
+class Worker:
+    """A job under way."""
+
+    job: Job
+    slot: Slot
+    process: subprocess.Popen[bytes]
+    started: float
+    asked_to_stop: float | None = None
+
+    def stop(self) -> None:
+        """Ask the run to save and leave, and insist if it does not."""
+        now = time.monotonic()
+        if self.asked_to_stop is None:
+            self.asked_to_stop = now
+            self.process.terminate()
+        elif now - self.asked_to_stop > KILL_AFTER_S:
+            self.process.kill()
+
+
+def slots(device: str | None, workers: int | None) -> list[Slot]:
+    """What there is to run on: every GPU, or the cores of the CPU, a thread each.
+
+    Args:
+        device: cuda or cpu; None: GPUs where there are any.
+        workers: Runs at a time; None: one a GPU, one a core. More than GPUs share them.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if len(visible) == gpus else [str(i) for i in range(gpus)]
+        count = gpus if workers is None else workers
+        return [Slot("cuda", {"CUDA_VISIBLE_DEVICES": names[i % gpus]}) for i in range(count)]
+    if device == "cuda":
+        raise DataError("--device cuda: no CUDA device found: expected --device cpu")
+    cores = len(os.sched_getaffinity(0))
+    count = cores if workers is None else workers
+    # A small network gets more done on one thread a run than one run does on all of them.
+    return [Slot("cpu", {"OMP_NUM_THREADS": str(max(1, cores // count))})] * count
+
+
+def run_study(
+    study: Study,
+    configure: Configure,
+    places: Sequence[Slot],
+    *,
+    results: Path,
+    minutes: float | None = None,
+) -> None:
+    """Do what is missing of a study, and put on record what is finished.
+
+    Args:
+        study: The study.
+        configure: Configuration of a cell, with its folders and data.
+        places: What to run on, one job each at a time.
+        results: Folder of the record.
+        minutes: Stop by then, as if asked to.
+
+    Raises:
+        DataError: A run ended in an error; all others are done.
+        Stopped: A signal, or the time, asked to stop; every run under way is saved.
+    """
+    on_gpu = places[0].device == "cuda"
+    until = None if minutes is None else time.monotonic() + 60 * minutes
+    failed: list[str] = []
+    with stop_on_signal() as stop:
+        try:
+            for jobs in (teacher_jobs(study, configure), student_jobs(study, configure, on_gpu)):
+                failed += work_through(jobs, places, stop, until)
+                if failed and jobs and jobs[0].config.role == "teacher":
+                    break
+        finally:
+            runs = put_on_record(study, configure, results)
+            total = len(study.cells) * len(study.seeds)
+            print(f"{study.name}, {study.budget}: {runs} of {total} runs on record in {results}")
+    if failed:
+        raise DataError(f"{len(failed)} of the runs ended in an error: {'; '.join(failed)}")
+
+
+def teacher_jobs(study: Study, configure: Configure) -> list[Job]:
+    """One for each teacher that the study needs and has not got."""
+    jobs: dict[str, Job] = {}
+    for cell in study.cells:
+        config = configure(cell)
+        if config.method == "ce" or config.teacher.weights or find_teacher(config) is not None:
+            continue
+        teacher = teacher_run(config)
+        name = run_folder(teacher).name
+        jobs.setdefault(name, Job(name, teacher))
+    return list(jobs.values())
+
+
+def student_jobs(study: Study, configure: Configure, on_gpu: bool) -> list[Job]:
+    """One a run, seed by seed, so that pairs are soon complete; on a GPU one for all seeds of a
+    cell, which fill it together, in the order of the table."""
+    jobs = []
+    for seeds in [study.seeds] if on_gpu else [(seed,) for seed in study.seeds]:
+        for cell in study.cells:
+            config = study.config(cell, configure)
+            runs = [replace(config, seed=seed) for seed in seeds]
+            if all(run_is_finished(run) for run in runs):
+                continue
+            name = run_folder(runs[0]).name if len(runs) == 1 else run_folder(config).name
+            own = runs[0] if len(runs) == 1 else replace(config, seeds=tuple(seeds))
+            jobs.append(Job(name, own))
+    return jobs
+
+
+def run_is_finished(config: RunConfig) -> bool:
+    """Whether a run of this configuration has left its student.
+
+    A folder that holds another one's is not looked through here: its run refuses to go on.
+    """
+    return (run_folder(config) / "student.safetensors").is_file()
+
+
+def work_through(
+    jobs: Sequence[Job], places: Sequence[Slot], stop: StopRequest, until: float | None
+) -> list[str]:
+    """Do jobs, as many at a time as there are places; returns a line for each that failed.
+
+    Raises:
+        Stopped: Asked to, by a signal or because it is `until` (of the monotonic clock).
+    """
+    waiting, free = list(jobs), list(places)
+    active: list[Worker] = []
+    failed: list[str] = []
+    times: list[float] = []
+    while waiting or active:
+        late = until is not None and time.monotonic() > until
+        if stop or late:
+            waiting.clear()
+            for worker in active:
+                worker.stop()
+        while waiting and free:
+            active.append(start(waiting.pop(0), free.pop(0)))
+        time.sleep(POLL_S)
+        for worker in ended(active):
+            free.append(worker.slot)
+            times.append(time.monotonic() - worker.started)
+            left = len(waiting) * statistics.fmean(times) / len(places)
+            code = worker.process.returncode
+            said = last_line(log_of(worker.job))
+            done = f"{len(jobs) - len(waiting) - len(active)}/{len(jobs)}"
+            print(f"{done} {worker.job.name}: {said} · {clock(left)} left", flush=True)
+            if code not in (0, Stopped.exit_code):
+                failed.append(f"{worker.job.name} (exit code {code}): {said}")
+        if (stop or late) and not active:
+            name = "the time is over" if late else f"stopped by {signal.Signals(stop.number).name}"
+            raise Stopped(f"{name}: the same command goes on from here")
+    return failed
+
+
+def start(job: Job, slot: Slot) -> Worker:
+    """Start a job, its output going to a file of its own."""
+    config = replace(job.config, device=slot.device)
+    file = log_of(job).with_suffix(".json")
+    write_json(file, to_dict(config))
+    verb = "train-teacher" if config.role == "teacher" else "train"
+    command = [sys.executable, "-m", f"{__package__}.cli", verb, "--config", str(file)]
+    with open(log_of(job), "ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **slot.environment},
+            start_new_session=True,  # Ctrl-C reaches it through us alone, once
+        )
+    return Worker(job, slot, process, time.monotonic())
+
+
+def ended(active: list[Worker]) -> Iterator[Worker]:
+    """Take out of `active` the workers that have left."""
+    for worker in list(active):
+        if worker.process.poll() is not None:
+            active.remove(worker)
+            yield worker
+
+
+def log_of(job: Job) -> Path:
+    """What a job prints."""
+    return Path(job.config.out_root) / "jobs" / f"{job.name}.log"
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something of the result."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    told = [line for line in lines if line and not line.startswith("finished: ")]
+    return told[-1] if told else "nothing said"
+
+
+def list_study(study: Study, configure: Configure) -> None:
+    """Print the study's runs, as commands, and what is finished of them."""
+    print(f"{study.question}\n")
+    for cell in study.cells:
+        config = study.config(cell, configure)
+        done = [seed for seed in study.seeds if run_is_finished(replace(config, seed=seed))]
+        print(
+            f"{len(done)}/{len(study.seeds)}  {cell.label}: {study.command(cell, study.seeds[0])}"
+        )

@@ -20,6 +20,16 @@ def _prompt(**values: object) -> Callable[[RunConfig], RunConfig]:
     return lambda config: replace(config, prompt=replace(config.prompt, **values))
 
 
+def _optim(**values: object) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: replace(config, optim=replace(config.optim, **values))
+
+
+def _teacher(name: str) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: replace(
+        config, teacher=replace(config.teacher, name=name, expected_top1=None)
+    )
+
+
 def _same_total(config: RunConfig) -> RunConfig:
     loss = config.loss
     total = loss.student_teacher + loss.student_prompt
@@ -53,4 +63,25 @@ ARMS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "batch_statistics": _prompt(bn_mode="train"),
     "grouped_fusion": _prompt(r1=16, fusion_groups=8),
     "dense_fusion": _prompt(r1=4, fusion_groups=1),
+    # one convolution of 3x3 with the MACs of the three partial ones and their 1x1s (M34)
+    "single_scale_matched": _prompt(kernels=(3,), r2=0.894),
+    # some stages alone (M36, M43); of teachers with three
+    **{f"stage_{i}": _prompt(insert_stages=(i,)) for i in (1, 2, 3)},
+    "no_last_stage": _prompt(insert_stages=(1, 2)),
+    # sweeps (M37, M38, M40, M41), the default left out; inner widths without their floor
+    **{f"lambda_s_{v:g}": _loss(prompt_student=v) for v in (0.1, 0.5, 2.0)},
+    **{f"lambda_t_{v:g}": _loss(prompt_teacher=v) for v in (0.1, 0.5, 2.0)},
+    **{f"alpha_{v:g}": _loss(student_teacher=v) for v in (0.5, 2.0)},
+    **{f"beta_{v:g}": _loss(student_prompt=v) for v in (0.5, 2.0)},
+    **{f"tau_{v:g}": _loss(tau=v) for v in (1.0, 2.0, 8.0)},
+    **{f"r1_{v}": _prompt(r1=v, min_width=1) for v in (1, 2, 4, 8, 16)},
+    **{f"r2_{v:g}": _prompt(r2=v) for v in (0.125, 0.5, 1.0)},
+    **{f"prompt_lr_{v:g}": _optim(prompt_lr_scale=v) for v in (0.1, 0.3, 3.0)},
+    **{f"backbone_lr_{v:g}": _optim(backbone_lr_scale=v) for v in (0.001, 0.1, 1.0)},
+    # another teacher for the recipe's student (M39)
+    **{
+        f"teacher_{name}": _teacher(f"cifar:{name}")
+        for depth in (14, 20, 32, 44, 56, 110)
+        for name in (f"resnet{depth}", f"resnet{depth}_s2")
+    },
 }

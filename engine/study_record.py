@@ -1,0 +1,282 @@
+"""The record of a study: a row a run, and beside it what the run itself has written.
+
+    <results>/<study>.csv                   a StudyRow a line, all budgets
+    <results>/runs/<study>-<budget>.zip     <run>/run.json and <run>/metrics.csv of each
+
+A row holds nothing that the archived files do not say (`row_of`), and these no path of a machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from .config import RunConfig
+from .errors import DataError
+from .files import first_line, write_atomically
+from .resume import differences
+from .teacher import run_folder
+
+if TYPE_CHECKING:
+    from .study import Configure, Study
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """A finished run: a line of `<study>.csv`, in this order of columns."""
+
+    budget: str
+    cell: str
+    """Label of the cell."""
+    recipe: str
+    method: str
+    arm: str | None
+    seed: int
+    epochs: int
+    train_images: int
+    last_top1: float
+    """Student after the last epoch, in percent."""
+    best_top1: float
+    """Student at its best epoch, chosen on the test set."""
+    prompt_top1: float | None
+    """Prompt path after the last epoch."""
+    teacher_top1: float | None
+    seconds: float
+    """Training alone, without evaluations."""
+    device: str
+    """GPU, or the CPU's model."""
+    threads: int
+    """Of the CPU, in the run's process."""
+    torch: str
+    commit: str | None
+    date: str
+    run: str
+    """Name of the run's folder in the archive."""
+    command: str
+    """What makes this run again, but for the folders of data and runs."""
+
+
+@dataclass(frozen=True)
+class ArchivedRun:
+    """What is kept of a run."""
+
+    run: str
+    """run.json, without paths."""
+    metrics: str
+    """metrics.csv"""
+    date: tuple[int, int, int, int, int, int]
+    """When it ended, UTC."""
+
+    def row(self, budget: str, cell: str, command: str, name: str) -> StudyRow:
+        """Its line.
+
+        Args:
+            budget: The study's.
+            cell: Label of the cell.
+            command: What makes it again.
+            name: Of its folder.
+        """
+        run = json.loads(self.run)
+        config, hardware = run["config"], run["hardware"]
+        metrics = list(csv.DictReader(io.StringIO(self.metrics)))
+        student = _column(metrics, "test/student_top1")
+        return StudyRow(
+            budget=budget,
+            cell=cell,
+            recipe=config["recipe"],
+            method=config["method"],
+            arm=config["arm"],
+            seed=config["seed"],
+            epochs=config["epochs"],
+            train_images=run["data"]["train_images"],
+            last_top1=student[-1],
+            best_top1=max(student),
+            prompt_top1=next(reversed(_column(metrics, "test/prompt_top1")), None),
+            teacher_top1=(run["teacher"] or {}).get("top1"),
+            seconds=_column(metrics, "seconds")[-1],
+            device=hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"],
+            threads=hardware["threads"],
+            torch=run["versions"]["torch"],
+            commit=run["commit"],
+            date="{:04}-{:02}-{:02}".format(*self.date),
+            run=name,
+            command=command,
+        )
+
+
+def _column(metrics: Sequence[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in metrics if row.get(name)]
+
+
+def put_on_record(study: Study, configure: Configure, results: Path) -> int:
+    """Add what is finished of a study to its record; returns how many of its runs are on it.
+
+    A run that is on record stays, whatever has become of its folder; done again, it is replaced.
+
+    Args:
+        study: The study.
+        configure: Configuration of a cell, with its folders.
+        results: Folder of the record.
+
+    Raises:
+        StorageError: The disk refused; the record is as it was before.
+    """
+    table = results / f"{study.name}.csv"
+    archive = results / "runs" / f"{study.name}-{study.budget}.zip"
+    kept = read_archive(archive) if archive.is_file() else {}
+    others = [r for r in read_rows(table) if r.budget != study.budget] if table.is_file() else []
+    before = dict(kept)
+    rows: list[StudyRow] = []
+    for cell in study.cells:
+        config = study.config(cell, configure)
+        for seed in study.seeds:
+            own = dataclasses.replace(config, seed=seed)
+            archived = archived_run(own)
+            if archived is not None:
+                kept[run_folder(own).name] = archived
+        prefix = run_folder(dataclasses.replace(config, seed=0)).name.removesuffix("0")
+        for name in sorted(n for n in kept if n.removeprefix(prefix).isdecimal()):
+            seed = int(name.removeprefix(prefix))
+            command = study.command(cell, seed)
+            rows.append(kept[name].row(study.budget, cell.label, command, name))
+    rows.sort(key=lambda row: ([c.label for c in study.cells].index(row.cell), row.seed))
+    if not rows and not others:
+        return 0
+    named = {row.run for row in rows}
+    kept = {name: run for name, run in kept.items() if name in named}
+    if kept != before:
+        write_atomically(archive, lambda path: _write_archive(path, kept))
+    write_atomically(table, lambda path: _write_rows(path, [*others, *rows]))
+    return len(rows)
+
+
+def archived_run(config: RunConfig) -> ArchivedRun | None:
+    """What is to be kept of a run, or None if it is not finished, or another's."""
+    folder = run_folder(config)
+    done = folder / "student.safetensors"
+    if not done.is_file():
+        return None
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        metrics = (folder / "metrics.csv").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be read: {first_line(error)}") from None
+    different = differences(run["config"], config, exact=("epochs", "max_steps"))
+    if different:
+        print(f"{folder}: another run, not put on record ({'; '.join(different)})")
+        return None
+    ended = datetime.fromtimestamp(done.stat().st_mtime, timezone.utc).timetuple()[:6]
+    text = json.dumps(_without_paths(run, config), indent=1) + "\n"
+    return ArchivedRun(text, metrics, ended)
+
+
+def _without_paths(run: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A run.json that says nothing of where it ran."""
+
+    def inside(path: str | None) -> str | None:
+        """Relative to the runs' folder, or the last part alone."""
+        if path is None or (not PurePath(path).is_absolute() and ".." not in PurePath(path).parts):
+            return path
+        root = Path(config.out_root).resolve()
+        resolved = Path(path).resolve()
+        if resolved.is_relative_to(root):
+            return str(Path(root.name) / resolved.relative_to(root))
+        return resolved.name
+
+    own = run["config"]
+    own = {
+        **own,
+        "out": inside(own["out"]),
+        "out_root": inside(own["out_root"]),
+        "data": {**own["data"], "root": None},
+        "teacher": {**own["teacher"], "weights": inside(own["teacher"]["weights"])},
+    }
+    teacher = run["teacher"]
+    if teacher is not None:
+        teacher = {**teacher, "weights": inside(teacher["weights"])}
+    return {**run, "config": own, "teacher": teacher}
+
+
+def read_archive(path: Path) -> dict[str, ArchivedRun]:
+    """The runs in an archive, by the names of their folders.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix("/run.json") for name in archive.namelist()]
+            return {
+                name: ArchivedRun(
+                    archive.read(f"{name}/run.json").decode(),
+                    archive.read(f"{name}/metrics.csv").decode(),
+                    archive.getinfo(f"{name}/run.json").date_time,
+                )
+                for name in names
+                if not name.endswith("/metrics.csv")
+            }
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: damaged archive: {first_line(error)}") from None
+
+
+def _write_archive(path: Path, runs: dict[str, ArchivedRun]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, run in sorted(runs.items()):
+            for file, text in (("run.json", run.run), ("metrics.csv", run.metrics)):
+                member = zipfile.ZipInfo(f"{name}/{file}", run.date)
+                archive.writestr(member, text, zipfile.ZIP_LZMA)
+
+
+def _write_rows(path: Path, rows: Sequence[StudyRow]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(f.name for f in dataclasses.fields(StudyRow))
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+
+
+def read_rows(path: Path) -> list[StudyRow]:
+    """The rows of a study.
+
+    Raises:
+        DataError: It is not such a file; line and column are named.
+    """
+    return list(_rows(path))
+
+
+def _rows(path: Path) -> Iterator[StudyRow]:
+    fields = dataclasses.fields(StudyRow)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+    lines = csv.reader(io.StringIO(text))
+    header = next(lines, [])
+    names = [f.name for f in fields]
+    if header != names:
+        raise DataError(f"{path}: line 1: expected the columns {','.join(names)}")
+    for cells in lines:
+        where = f"{path}: line {lines.line_num}"
+        if len(cells) != len(fields):
+            raise DataError(f"{where}: expected {len(fields)} cells, got {len(cells)}")
+        values: dict[str, Any] = {}
+        for field, cell in zip(fields, cells, strict=True):
+            kind = str(field.type)
+            try:
+                empty = cell == "" and "None" in kind
+                values[field.name] = None if empty else _KINDS[kind.split(" ")[0]](cell)
+            except ValueError:
+                raise DataError(
+                    f"{where}: {field.name}={cell!r}: expected a {kind.split(' ')[0]}"
+                ) from None
+        yield StudyRow(**values)
+
+
+_KINDS: dict[str, type] = {"str": str, "int": int, "float": float}
