@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -500,6 +501,61 @@ NOT_KNOWN_FROM_PAPER = (
     "optim.prompt_lr_scale", "optim.backbone_lr_scale", "epochs", "global_batch", "optim.lr",
     "optim.schedule", "optim.milestones",
 )  # fmt: skip
+
+
+# Studies ------------------------------------------------------------------------------------------
+
+Budget = Literal["full", "short", "cpu"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A line of a study's table: runs that differ in their seed alone."""
+
+    label: str
+    """As it stands in the table; unique among the cells of a recipe."""
+    recipe: str
+    method: str
+    arm: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the runs that answer it."""
+
+    name: str
+    budget: Budget
+    question: str
+    """One sentence."""
+    scope: str
+    """One sentence: what the answer does not say."""
+    cells: tuple[Cell, ...]
+    seeds: tuple[int, ...]
+    epochs: int | None = None
+    """Of every run; None: as the recipe has it."""
+    against: tuple[str, ...] = ("KD",)
+    """Labels of the cells that the others of the same recipe are compared with, seed by seed."""
+    curves: tuple[str, ...] = ()
+    """Columns of metrics.csv to draw over the epochs, a figure each."""
+
+    def config(self, cell: Cell, configure: Configure) -> RunConfig:
+        """The configuration of a cell's runs, without their seed."""
+        config = configure(cell)
+        return config if self.epochs is None else dataclasses.replace(config, epochs=self.epochs)
+
+    def command(self, cell: Cell, seed: int) -> str:
+        """What makes one of its runs again."""
+        arm = "" if cell.arm is None else f" --arm {cell.arm}"
+        epochs = "" if self.epochs is None else f" --epochs {self.epochs}"
+        method = f"--method {cell.method}"
+        return f"dfptkd train {cell.recipe} {method}{arm}{epochs} --seed {seed}"
+
+
+Configure = Callable[[Cell], RunConfig]
+"""A cell's recipe, with its method and arm."""
+
+
+# JSON ---------------------------------------------------------------------------------------------
 
 
 def to_dict(config: Any) -> dict[str, Any]:

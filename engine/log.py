@@ -50,13 +50,13 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Commit of this source tree, `-dirty` with uncommitted changes; None outside a checkout."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[1]
     try:
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         top = subprocess.run(
             [*git[:3], "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True
         )
-        if Path(top.stdout.strip()) != root:
+        if Path(top.stdout.strip()).resolve() != root:
             return None  # installed into somebody else's checkout
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,9 +1,7 @@
 """`dfptkd study`: a declared set of runs, done as far as the machine allows, and put on record.
 
-A study is a table of cells, each a recipe, a method and an arm, run with the same seeds. Its runs
-are ordinary ones, in folders that studies with a cell in common share; whatever ends a study, the
-same command goes on. On record are `<study>.csv`, a row for each finished run, and
-`runs/<study>-<budget>.zip` with run.json and metrics.csv of each.
+Its runs are ordinary ones, in folders that studies with a cell in common share; whatever ends a
+study, the same command goes on. study_record.py has what is kept of them.
 """
 
 from __future__ import annotations
@@ -14,68 +12,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from .config import RunConfig, to_dict
+from .config import Configure, RunConfig, Study, to_dict
 from .errors import DataError, Stopped
 from .log import clock, write_json
 from .preemption import StopRequest, stop_on_signal
 from .study_record import put_on_record
 from .teacher import find_teacher, run_folder, teacher_run
 
-Budget = Literal["full", "short", "cpu"]
 POLL_S = 0.2
 KILL_AFTER_S = 60.0  # a run that was asked to stop saves within this time
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A line of a study's table: runs that differ in their seed alone."""
-
-    label: str
-    """As it stands in the table; unique among the cells of a recipe."""
-    recipe: str
-    method: str
-    arm: str | None = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """A question, and the runs that answer it."""
-
-    name: str
-    budget: Budget
-    question: str
-    """One sentence."""
-    scope: str
-    """One sentence: what the answer does not say."""
-    cells: tuple[Cell, ...]
-    seeds: tuple[int, ...]
-    epochs: int | None = None
-    """Of every run; None: as the recipe has it."""
-    against: tuple[str, ...] = ("KD",)
-    """Labels of the cells that the others of the same recipe are compared with, seed by seed."""
-    curves: tuple[str, ...] = ()
-    """Columns of metrics.csv to draw over the epochs, a figure each."""
-
-    def config(self, cell: Cell, configure: Configure) -> RunConfig:
-        """The configuration of a cell's runs, without their seed."""
-        config = configure(cell)
-        return config if self.epochs is None else replace(config, epochs=self.epochs)
-
-    def command(self, cell: Cell, seed: int) -> str:
-        """What makes one of its runs again."""
-        arm = "" if cell.arm is None else f" --arm {cell.arm}"
-        epochs = "" if self.epochs is None else f" --epochs {self.epochs}"
-        method = f"--method {cell.method}"
-        return f"dfptkd train {cell.recipe} {method}{arm}{epochs} --seed {seed}"
-
-
-Configure = Callable[[Cell], RunConfig]
-"""A cell's recipe, with its method and arm."""
 
 
 class Slot(NamedTuple):

@@ -17,16 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .config import RunConfig
+from .config import Configure, RunConfig, Study
 from .errors import DataError
 from .files import first_line, write_atomically
 from .resume import differences
 from .teacher import run_folder
-
-if TYPE_CHECKING:
-    from .study import Configure, Study
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..engine.study import Budget, Cell, Study
+from ..engine.config import Budget, Cell, Study
 
 SMALL = "cifar100.resnet20_s2_resnet8_s2"
 HEADLINE = "cifar100.wrn_40_2_shufflenetv1"
@@ -24,7 +24,7 @@ SCOPES: dict[Budget, str] = {
         "method reaches on the paper's networks."
     ),
 }
-KD, KD_SAME = "KD", "KD, weights of DFPT-KD"
+KD, KD_SAME = "KD", "KD at equal total weights"
 DFPT, PLUS = "DFPT-KD", "DFPT-KD+"
 ACCURACY = ("test/student_top1",)
 # What shows an easy-to-hard path, or its lack: how good the prompt path is, and how far from the
@@ -80,7 +80,7 @@ def main(budget: Budget) -> Study:
         ("DIST", "dist", None),
         (DFPT, "dfpt", None),
         (PLUS, "dfpt_plus", None),
-        ("mixture as target, no prompt blocks", "dfpt", "mixture"),
+        ("mixture target (no prompt blocks)", "dfpt", "mixture"),
     ]
     return _study(
         "main", budget, "Does DFPT-KD teach a small student better than KD, and than its rivals?",
@@ -93,12 +93,12 @@ def bidirectional(budget: Budget) -> Study:
     """Teacher-only supervision of the prompt path against both directions (M18, M33, M38)."""
     cells = _arms(
         budget, "dfpt",
-        ("lambda_S = 0, teacher only", "teacher_only"), ("lambda_S = 0.1", "lambda_s_0.1"),
+        ("teacher only (lambda_S = 0)", "teacher_only"), ("lambda_S = 0.1", "lambda_s_0.1"),
         ("lambda_S = 0.5", "lambda_s_0.5"), ("lambda_S = 2", "lambda_s_2"),
     )  # fmt: skip
     return _study(
         "bidirectional", budget, "Does the student's supervision of the prompt path help it?",
-        [*_anchors(budget), *cells], against=(KD_SAME, "lambda_S = 0, teacher only"),
+        [*_anchors(budget), *cells], against=(KD_SAME, "teacher only (lambda_S = 0)"),
         curves=EASY_TO_HARD,
     )  # fmt: skip
 

@@ -96,7 +96,8 @@ def test_row_3_a_signal_stops_after_its_step_saved(whole, tmp_path, number, step
 
 def test_row_3_control_without_a_handler_the_signal_kills(tmp_path):
     fault = Signal(5)
-    ended = in_child(train, tiny_config(tmp_path / "a"), DefaultSignals(), fault, folder=tmp_path)
+    config = tiny_config(tmp_path / "a")
+    ended = in_child(train, config, WholeSaves(), DefaultSignals(), fault, folder=tmp_path)
     assert ended.code == -signal.SIGTERM
     assert newest(tmp_path / "a") == 4
     assert status(tmp_path / "a")["state"] == "running"

@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from injectors import crash_everywhere, differences, in_child, tiny_config, train, write_teacher
+from injectors import (
+    WholeSaves,
+    crash_everywhere,
+    differences,
+    in_child,
+    tiny_config,
+    train,
+    write_teacher,
+)
 from safetensors.torch import load_file
 from sample_images import write_folder
 from training_faults import (
@@ -62,7 +70,7 @@ def is_alive(pid):
 def test_row_6_a_rank_that_waits_for_data_ends_all_and_names_the_files(tmp_path):
     config = impatient(tiny_config(tmp_path / "a", checkpoint_steps=2), data=1.5, step=20.0)
     started = time.monotonic()
-    first, second = in_ranks(config, HangInLoader(6, rank=1), folder=tmp_path)
+    first, second = in_ranks(config, WholeSaves(), HangInLoader(6, rank=1), folder=tmp_path)
     assert time.monotonic() - started < 15
     assert second.code == 3, second.output
     assert "rank 1: waiting for data has taken more than 1.5 s: the batch of step 6" in (
@@ -80,7 +88,8 @@ def test_row_6_a_rank_that_waits_for_data_ends_all_and_names_the_files(tmp_path)
 def test_row_6_a_rank_that_hangs_in_a_step_ends_and_so_does_who_waits_for_it(tmp_path):
     config = impatient(tiny_config(tmp_path / "a"), step=2.0)
     started = time.monotonic()
-    first, second = in_ranks(config, HangInStep(5, rank=1), ShortGrace(1.0), folder=tmp_path)
+    faults = (WholeSaves(), HangInStep(5, rank=1), ShortGrace(1.0))
+    first, second = in_ranks(config, *faults, folder=tmp_path)
     assert time.monotonic() - started < 15
     assert (first.code, second.code) == (1, 1), first.output + second.output
     assert "has not answered within --step.timeout 2 s, in step" in first.output
