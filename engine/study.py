@@ -21,7 +21,7 @@ from .config import Configure, RunConfig, Study, to_dict
 from .errors import DataError, Stopped
 from .log import clock, write_json
 from .preemption import StopRequest, stop_on_signal
-from .study_record import put_on_record
+from .study_record import archived_run, put_on_record
 from .teacher import find_teacher, run_folder, teacher_run
 
 POLL_S = 0.2
@@ -103,18 +103,19 @@ def run_study(
         minutes: Stop by then, as if asked to.
 
     Raises:
-        DataError: A run ended in an error; all others are done.
+        DataError: A folder holds a run of other options, and nothing was begun; or a run ended in
+            an error, and all others are done.
         Stopped: A signal, or the time, asked to stop; every run under way is saved.
     """
     on_gpu = places[0].device == "cuda"
     until = None if minutes is None else time.monotonic() + 60 * minutes
+    teachers, students = teacher_jobs(study, configure), student_jobs(study, configure, on_gpu)
     failed: list[str] = []
     with stop_on_signal() as stop:
         try:
-            for jobs in (teacher_jobs(study, configure), student_jobs(study, configure, on_gpu)):
-                failed += work_through(jobs, places, stop, until)
-                if failed and jobs and jobs[0].config.role == "teacher":
-                    break
+            failed += work_through(teachers, places, stop, until)
+            if not failed:
+                failed += work_through(students, places, stop, until)
         finally:
             runs = put_on_record(study, configure, results)
             total = len(study.cells) * len(study.seeds)
@@ -153,11 +154,12 @@ def student_jobs(study: Study, configure: Configure, on_gpu: bool) -> list[Job]:
 
 
 def run_is_finished(config: RunConfig) -> bool:
-    """Whether a run of this configuration has left its student.
+    """Whether a run has left what is kept of it.
 
-    A folder that holds another one's is not looked through here: its run refuses to go on.
+    Raises:
+        DataError: Its folder holds a run of other options.
     """
-    return (run_folder(config) / "student.safetensors").is_file()
+    return archived_run(config) is not None
 
 
 def work_through(

@@ -80,7 +80,18 @@ class ArchivedRun:
             cell: Label of the cell.
             command: What makes it again.
             name: Of its folder.
+
+        Raises:
+            DataError: What is kept lacks something.
         """
+        try:
+            return self._row(budget, cell, command, name)
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{name}: run.json or metrics.csv in the archive is damaged: {first_line(error)}"
+            ) from None
+
+    def _row(self, budget: str, cell: str, command: str, name: str) -> StudyRow:
         run = json.loads(self.run)
         config, hardware = run["config"], run["hardware"]
         metrics = list(csv.DictReader(io.StringIO(self.metrics)))
@@ -124,6 +135,7 @@ def put_on_record(study: Study, configure: Configure, results: Path) -> int:
         results: Folder of the record.
 
     Raises:
+        DataError: A run's folder, or the record, is damaged.
         StorageError: The disk refused; the record is as it was before.
     """
     table = results / f"{study.name}.csv"
@@ -156,7 +168,11 @@ def put_on_record(study: Study, configure: Configure, results: Path) -> int:
 
 
 def archived_run(config: RunConfig) -> ArchivedRun | None:
-    """What is to be kept of a run, or None if it is not finished, or another's."""
+    """What is to be kept of a run, or None if it is not finished.
+
+    Raises:
+        DataError: The folder is damaged, or holds a run of other options.
+    """
     folder = run_folder(config)
     done = folder / "student.safetensors"
     if not done.is_file():
@@ -168,8 +184,9 @@ def archived_run(config: RunConfig) -> ArchivedRun | None:
         raise DataError(f"{folder}: cannot be read: {first_line(error)}") from None
     different = differences(run["config"], config, exact=("epochs", "max_steps"))
     if different:
-        print(f"{folder}: another run, not put on record ({'; '.join(different)})")
-        return None
+        raise DataError(
+            f"{folder}: holds another run ({'; '.join(different)}): expected another --out-root"
+        )
     ended = datetime.fromtimestamp(done.stat().st_mtime, timezone.utc).timetuple()[:6]
     text = json.dumps(_without_paths(run, config), indent=1) + "\n"
     return ArchivedRun(text, metrics, ended)

@@ -19,6 +19,7 @@ from dfptkd.engine.models import create_model
 from dfptkd.engine.models.cost import teacher_cost
 from dfptkd.engine.models.dual_path import DualPathTeacher
 from dfptkd.engine.optim import lr_factor
+from dfptkd.engine.teacher import teacher_run
 from dfptkd.recipes import cifar100, cub200, imagenet, tiny_imagenet
 from dfptkd.recipes.arms import ARMS
 from dfptkd.recipes.quickstart import quickstart
@@ -66,7 +67,15 @@ def functions(module) -> set[str]:
 
 
 def test_M24_every_pair_of_5_3_and_5_4_has_a_recipe():
-    assert functions(cifar100) == PAIRS.keys()
+    assert functions(cifar100) == PAIRS.keys() | {"resnet20_s2_resnet8_s2"}
+
+
+def test_the_pair_for_a_cpu_has_a_teacher_that_saw_ten_times_the_data():
+    config = cifar100.resnet20_s2_resnet8_s2()
+    assert (config.data.train_limit, config.epochs) == (5_000, 16)
+    teacher = teacher_run(config)
+    assert (teacher.data.train_limit, teacher.data.limit, teacher.epochs) == (None, None, 20)
+    assert (teacher.optim.lr, teacher.global_batch) == (0.1, 128)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,268 @@
+"""M28-M43: declared runs, whatever ends them, and what is kept of them."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from injectors import tiny_config
+
+from dfptkd.engine import study as study_module
+from dfptkd.engine.config import Cell, Study
+from dfptkd.engine.errors import DataError, Stopped
+from dfptkd.engine.study import Slot, list_study, run_study, slots, student_jobs, teacher_jobs
+from dfptkd.engine.study_record import put_on_record, read_archive, read_rows
+from dfptkd.engine.train import run
+
+ONE_THREAD = [Slot("cpu", {"OMP_NUM_THREADS": "1"})] * 2
+STUDY = Study(
+    "tiny_study", "cpu", "Does it run?", "It says nothing.",
+    (Cell("labels only", "tiny", "ce"), Cell("KD", "tiny", "kd")), (0, 1), epochs=2,
+)  # fmt: skip
+
+
+def configured(root: Path, **changes):
+    """Cells in `root`; the teacher is trained by the study."""
+
+    def configure(cell: Cell):
+        config = tiny_config(root / "x", cell.method, **changes)
+        teacher = replace(config.teacher, weights=None, epochs=1, global_batch=16)
+        return replace(config, out=None, out_root=str(root), arm=cell.arm, teacher=teacher)
+
+    return configure
+
+
+def run_all(root: Path, results: Path, study: Study = STUDY, **options) -> None:
+    run_study(study, configured(root), ONE_THREAD, results=results, **options)
+
+
+def what_was_run(results: Path) -> list[tuple]:
+    """Of each row what a repetition must give again."""
+    rows = read_rows(results / "tiny_study.csv")
+    return [(r.cell, r.seed, r.last_top1, r.best_top1, r.teacher_top1, r.command) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A study from beginning to end: its runs, and its record."""
+    root = tmp_path_factory.mktemp("study")
+    run_all(root / "runs", root / "results")
+    return root
+
+
+# The runs -----------------------------------------------------------------------------------------
+
+
+def test_a_study_trains_the_teacher_then_every_cell_and_seed(done):
+    assert (done / "runs/teacher-synthetic-cifar-resnet8_s2-seed0/teacher.safetensors").is_file()
+    rows = read_rows(done / "results/tiny_study.csv")
+    assert [(r.cell, r.method, r.seed) for r in rows] == [
+        ("labels only", "ce", 0), ("labels only", "ce", 1), ("KD", "kd", 0), ("KD", "kd", 1),
+    ]  # fmt: skip
+    assert [r.teacher_top1 is None for r in rows] == [True, True, False, False]
+    assert all(r.epochs == 2 and r.train_images == 64 and r.threads == 1 for r in rows)
+    assert rows[2].command == "dfptkd train tiny --method kd --epochs 2 --seed 0"
+
+
+def test_rows_say_what_the_runs_have_written(done):
+    row = read_rows(done / "results/tiny_study.csv")[2]
+    with open(done / "runs" / row.run / "metrics.csv", newline="") as file:
+        metrics = list(csv.DictReader(file))
+    tops = [float(line["test/student_top1"]) for line in metrics]
+    assert (row.last_top1, row.best_top1) == (tops[-1], max(tops))
+    assert row.seconds == float(metrics[-1]["seconds"])
+    wrote = json.loads((done / "runs" / row.run / "run.json").read_text())
+    assert (row.commit, row.torch) == (wrote["commit"], wrote["versions"]["torch"])
+
+
+def test_a_finished_study_runs_nothing_and_changes_no_byte(done, monkeypatch):
+    files = [done / "results/tiny_study.csv", done / "results/runs/tiny_study-cpu.zip"]
+    before = [file.read_bytes() for file in files]
+    monkeypatch.setattr(study_module, "start", lambda *_: pytest.fail("a run was started"))
+    run_all(done / "runs", done / "results")
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_more_seeds_run_those_alone(done):
+    configure = configured(done / "runs")
+    jobs = student_jobs(replace(STUDY, seeds=(1, 2)), configure, on_gpu=False)
+    assert [job.name for job in jobs] == ["tiny-ce-seed2", "tiny-kd-seed2"]
+    assert teacher_jobs(STUDY, configure) == []
+
+
+def test_on_a_gpu_the_seeds_of_a_cell_are_one_job(tmp_path):
+    jobs = student_jobs(STUDY, configured(tmp_path), on_gpu=True)
+    assert [(job.config.method, job.config.seeds) for job in jobs] == [
+        ("ce", (0, 1)), ("kd", (0, 1)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["signal", "minutes"])
+def test_a_study_that_was_stopped_goes_on_to_the_same_figures(done, tmp_path, monkeypatch, how):
+    """Whatever it is at: its runs save, and go on from there."""
+    shutil.copytree(
+        done / "runs/teacher-synthetic-cifar-resnet8_s2-seed0", tmp_path / "runs/teacher"
+    )
+    begun, timers = study_module.start, []
+
+    def stop_soon(job, slot):
+        if not timers:  # a second signal would not wait for the runs
+            timers.append(threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)))
+            timers[0].start()
+        return begun(job, slot)
+
+    minutes = 0.0 if how == "minutes" else None
+    if how == "signal":
+        monkeypatch.setattr(study_module, "start", stop_soon)
+    with pytest.raises(Stopped, match="the same command goes on from here"):
+        run_all(tmp_path / "runs", tmp_path / "results", minutes=minutes)
+    rows = tmp_path / "results/tiny_study.csv"
+    assert not rows.is_file() or len(read_rows(rows)) < 4
+    run_all(tmp_path / "runs", tmp_path / "results")
+    assert what_was_run(tmp_path / "results") == what_was_run(done / "results")
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(done, tmp_path):
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/tiny-kd-seed0")
+    broken = replace(STUDY, cells=(Cell("?", "tiny", "dkd"), *STUDY.cells), seeds=(0,))
+
+    def configure(cell):
+        config = configured(tmp_path / "runs")(cell)
+        return replace(config, student="cifar:resnet9") if cell.method == "dkd" else config
+
+    with pytest.raises(
+        DataError, match=r"1 of the runs.*tiny-dkd-seed0 \(exit code 2\): .*resnet9"
+    ):
+        run_study(broken, configure, ONE_THREAD, results=tmp_path / "results")
+    rows = read_rows(tmp_path / "results/tiny_study.csv")
+    assert [(row.cell, row.seed) for row in rows] == [("labels only", 0), ("KD", 0)]
+
+
+def test_a_folder_with_a_run_of_other_options_is_refused_before_anything_runs(
+    done, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study_module, "start", lambda *_: pytest.fail("a run was started"))
+    for study, configure, said in (
+        (STUDY, configured(done / "runs", global_batch=32), "global_batch: 16 there, 32 here"),
+        (
+            replace(STUDY, epochs=3, seeds=(0,)),
+            configured(done / "runs"),
+            "epochs: 2 there, 3 here",
+        ),
+    ):
+        with pytest.raises(DataError, match=f"holds another run.*{said}.*another --out-root"):
+            run_study(study, configure, ONE_THREAD, results=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_says_what_is_done_and_how_to_do_it(done, capsys):
+    list_study(replace(STUDY, seeds=(0, 1, 2)), configured(done / "runs"))
+    said = capsys.readouterr().out
+    assert "2/3  KD: dfptkd train tiny --method kd --epochs 2 --seed 0" in said
+
+
+# What to run on -----------------------------------------------------------------------------------
+
+
+def test_a_cpu_is_shared_out_by_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert slots("cpu", None) == [Slot("cpu", {"OMP_NUM_THREADS": "1"})] * 8
+    assert slots("cpu", 3) == [Slot("cpu", {"OMP_NUM_THREADS": "2"})] * 3
+
+
+def test_each_gpu_is_a_place_and_the_visible_ones_alone(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    gpus = [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(None, None)]
+    assert gpus == ["3", "5"]
+    assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in slots("cuda", 3)] == ["3", "5", "3"]
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(DataError, match="no CUDA device"):
+        slots("cuda", None)
+
+
+# The record ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(done, tmp_path):
+    shutil.copytree(done / "results", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def test_the_record_names_no_path_of_the_machine(done):
+    with zipfile.ZipFile(done / "results/runs/tiny_study-cpu.zip") as archive:
+        texts = [archive.read(name).decode() for name in archive.namelist()]
+    assert len(texts) == 8
+    for text in (*texts, (done / "results/tiny_study.csv").read_text()):
+        assert str(done) not in text
+        assert str(Path.home()) + "/" not in text
+
+
+def test_what_is_on_record_stays_when_the_runs_are_gone(results, tmp_path):
+    before = read_rows(results / "tiny_study.csv")
+    assert put_on_record(STUDY, configured(tmp_path / "nothing"), results) == 4
+    assert read_rows(results / "tiny_study.csv") == before
+
+
+def test_a_run_done_again_takes_the_place_of_the_old_one(results, tmp_path):
+    configure = configured(tmp_path / "runs", eval_every=2)
+    run(replace(STUDY.config(STUDY.cells[0], configure), seed=1))
+    before = read_rows(results / "tiny_study.csv")
+    assert put_on_record(STUDY, configure, results) == 4
+    after = read_rows(results / "tiny_study.csv")
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True, True]
+    assert len(read_archive(results / "runs/tiny_study-cpu.zip")) == 4
+
+
+def test_other_budgets_keep_their_rows(results, tmp_path):
+    short = replace(STUDY, budget="short")
+    table = results / "tiny_study.csv"
+    table.write_text(table.read_text().replace("\ncpu,", "\nshort,"))
+    os.rename(results / "runs/tiny_study-cpu.zip", results / "runs/tiny_study-short.zip")
+    configure = configured(tmp_path / "runs")
+    run(replace(STUDY.config(STUDY.cells[0], configure), seed=1))
+    assert put_on_record(STUDY, configure, results) == 1
+    assert [r.budget for r in read_rows(table)] == ["short"] * 4 + ["cpu"]
+    assert put_on_record(short, configure, results) == 4
+    assert [r.budget for r in read_rows(table)] == ["cpu"] + ["short"] * 4
+
+
+def test_nothing_finished_leaves_no_record(tmp_path):
+    assert put_on_record(STUDY, configured(tmp_path / "nothing"), tmp_path / "results") == 0
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("budget,cell", "budget,label", "line 1: expected the columns budget,cell,"),
+        (",tiny,kd,,0,", ",tiny,kd,,nought,", "line 4: seed='nought': expected a int"),
+        (",tiny,kd,,0,", ",tiny,kd,0,", "line 4: expected 20 cells, got 19"),
+    ],
+)
+def test_a_damaged_table_is_refused_with_its_line(results, old, new, said):
+    table = results / "tiny_study.csv"
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(DataError) as caught:
+        read_rows(table)
+    assert str(caught.value).startswith(f"{table}: {said}")
+
+
+def test_a_damaged_archive_is_refused_and_left_alone(results, tmp_path):
+    archive = results / "runs/tiny_study-cpu.zip"
+    archive.write_bytes(archive.read_bytes()[:-30])
+    before = archive.read_bytes()
+    with pytest.raises(DataError, match="damaged archive"):
+        put_on_record(STUDY, configured(tmp_path / "nothing"), results)
+    assert archive.read_bytes() == before
