@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import tarfile
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from safetensors.torch import save
 from dfptkd.engine import checkpoint as checkpoint_module
 from dfptkd.engine.checkpoint import load_checkpoint, newest_checkpoint, read_index
 from dfptkd.engine.cli import main, parse_run
-from dfptkd.engine.config import DataConfig, RunConfig
+from dfptkd.engine.config import Cell, DataConfig, RunConfig, Study
 from dfptkd.engine.data import load_data
 from dfptkd.engine.data.cifar import parse_binary, parse_python
 from dfptkd.engine.data.fashion_mnist import parse_idx
@@ -32,6 +34,7 @@ from dfptkd.engine.export import read_source
 from dfptkd.engine.log import RunLog
 from dfptkd.engine.models.weights import read_state_dict
 from dfptkd.engine.report import report
+from dfptkd.engine.study_record import put_on_record, read_rows
 from dfptkd.engine.teacher import find_teacher
 from dfptkd.engine.train import run
 
@@ -315,6 +318,49 @@ def test_fuzz_report(tmp_path, run_copy, file):
 
     check()
     assert {k: v for k, v in listing(run_copy).items() if k != file} == others
+
+
+@pytest.mark.parametrize("file", ["tiny.csv", "runs/tiny-cpu.zip"])
+def test_fuzz_record_of_a_study(tmp_path, file):
+    study = Study("tiny", "cpu", "?", "", (Cell("labels only", "tiny", "ce"),), (3,))
+
+    def configure(_):
+        return replace(tiny_config(tmp_path / "x"), out=None, out_root=str(tmp_path / "runs"))
+
+    run(replace(configure(None), seed=3))
+    results = tmp_path / "results"
+    put_on_record(study, configure, results)
+    shutil.rmtree(tmp_path / "runs")
+    kept = {name: (results / name).read_bytes() for name in ("tiny.csv", "runs/tiny-cpu.zip")}
+    change = mutated(kept[file])
+    if file.endswith(".zip"):  # sound as an archive, and not what it should hold
+        with zipfile.ZipFile(results / file) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        inside = st.sampled_from(sorted(members)).flatmap(
+            lambda name: mutated(members[name]).map(lambda new: zipped({**members, name: new}))
+        )
+        change |= inside
+
+    @FUZZ
+    @given(change)
+    def check(damaged):
+        for name, content in {**kept, file: damaged}.items():
+            (results / name).write_bytes(content)
+        before = listing(results)
+        if file == "tiny.csv":
+            refused_in_one_line(read_rows, results / file)
+        if refused_in_one_line(put_on_record, study, configure, results):
+            assert listing(results) == before
+
+    check()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("file", ["run.json", "student.safetensors", "status.json"])
