@@ -129,9 +129,7 @@ def _read_table(table: Path, make: Callable[[Budget], Study]) -> list[StudyResul
 
 def _refuse_doubled(table: Path, rows: Sequence[StudyRow]) -> None:
     runs = Counter(f"{row.budget}: {row.run}" for row in rows)
-    seeds = Counter(
-        f"{row.budget}: {row.recipe}: {row.cell!r}, seed {row.seed}" for row in rows
-    )
+    seeds = Counter(f"{row.budget}: {row.recipe}: {row.cell!r}, seed {row.seed}" for row in rows)
     for what, count in (runs | seeds).items():
         if count > 1:
             raise DataError(f"{table}: {what}: {count} rows, expected one")
