@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING
 
 from .paired import half_width
 from .report_figures import (
+    BLUE,
+    GREEN,
     GREY,
     MUTED,
-    PALETTE,
+    ORANGE,
+    PURPLE,
+    RED,
     STUDENT,
     STYLE,
+    TEAL,
     THEME,
     legend_above,
     new_figure,
@@ -28,9 +33,10 @@ if TYPE_CHECKING:
 
 WIDTH = 8.5  # inches: as wide as a README is shown
 CELL_HEIGHT = 0.36
-PANEL_HEIGHT = 4.2
-LABEL_WIDTH = 34  # characters
-LINE_STYLES = ("-", "--", ":", "-.")  # one for each time round the palette
+PANEL_HEIGHT, SMALL_PANEL_HEIGHT = 4.2, 3.0
+MARGIN = 0.12  # inches: another font may need more width than ours
+COLORS = (GREY, ORANGE, GREEN, PURPLE, TEAL, BLUE, RED)
+LINE_STYLES = ("-", "--", ":", "-.")  # one for each time round the colours
 LIGHT = dict(re.findall(r"(--\w+): (#\w+);", CSS.partition("@media")[0]))
 AXIS_NAMES = {
     "test/student_top1": "student, test top-1 (%)",
@@ -57,7 +63,7 @@ def accuracy_figure(results: StudyResults) -> Figure:
     """Each seed's student accuracy, with mean and interval of each cell; a panel a recipe."""
     recipes = results.by_recipe()
     rows = [len(cells) for cells in recipes.values()]
-    figure = new_figure(CELL_HEIGHT * sum(rows) + 0.75 * len(rows), WIDTH)
+    figure = _new_figure(CELL_HEIGHT * sum(rows) + 0.75 * len(rows))
     panels = figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0]
     for axes, (recipe, cells) in zip(panels, recipes.items(), strict=True):
         _draw_reference(axes, results.against(recipe))
@@ -70,16 +76,17 @@ def accuracy_figure(results: StudyResults) -> Figure:
         if len(rows) > 1:
             axes.set_title(recipe, loc="left", fontsize=9.5, fontweight="bold")
     panels[-1].set_xlabel("student, test top-1 after the last epoch (%)")
-    legend_above(
-        figure, panels, ("each seed", "mean, 95 % interval", "mean of the first reference")
-    )
+    references = [f"mean of {label}" for label in results.study.against]
+    legend_above(figure, panels, ("each seed", "mean, 95 % interval", *references))
     return figure
 
 
 def _draw_reference(axes: Axes, against: list[CellResults]) -> None:
-    first = next((cell.last for cell in against), None)
-    if first is not None:
-        axes.axvline(first.mean, color=GREY, lw=1, ls="--", label="mean of the first reference")
+    """A line where the first of the cells is that the others are compared with."""
+    last = against[0].last if against else None
+    if last is not None:
+        label = f"mean of {against[0].label}"
+        axes.axvline(last.mean, color=GREY, lw=1, ls="--", label=label)
 
 
 def _draw_cell(axes: Axes, y: int, cell: CellResults) -> None:
@@ -106,15 +113,15 @@ def curve_figure(results: StudyResults, column: str) -> Figure:
     labels = list(dict.fromkeys(cell.label for cell in results.cells))
     columns = min(2, len(recipes))
     rows = -(-len(recipes) // columns)
-    figure = new_figure((PANEL_HEIGHT if columns == 1 else 3.0) * rows, WIDTH)
+    figure = _new_figure((PANEL_HEIGHT if columns == 1 else SMALL_PANEL_HEIGHT) * rows)
     grid = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
     for axes in grid[len(recipes) :]:
         axes.remove()
     panels = grid[: len(recipes)]
     for i, (axes, (recipe, cells)) in enumerate(zip(panels, recipes.items(), strict=True)):
         for cell in cells:
-            turn, color = divmod(labels.index(cell.label), len(PALETTE))
-            _draw_curve(axes, cell, cell.curves[column], PALETTE[color], LINE_STYLES[turn % 4])
+            turn, color = divmod(labels.index(cell.label), len(COLORS))
+            _draw_curve(axes, cell, cell.curves[column], COLORS[color], LINE_STYLES[turn % 4])
         axes.xaxis.set_major_locator(MaxNLocator(8 // columns, integer=True))
         if i + columns >= len(recipes):  # the lowest panel of its column
             axes.set_xlabel("epoch")
@@ -141,6 +148,12 @@ def _draw_curve(axes: Axes, cell: CellResults, runs: list[Series], color: str, s
         low = [m - s for m, s in zip(means, spread, strict=True)]
         high = [m + s for m, s in zip(means, spread, strict=True)]
         axes.fill_between(epochs, low, high, color=color, alpha=0.1, lw=0)
+
+
+def _new_figure(height: float) -> Figure:
+    figure = new_figure(height, WIDTH)
+    figure.set_layout_engine("constrained", w_pad=MARGIN)
+    return figure
 
 
 def _file(figure: Figure, name: str) -> str:

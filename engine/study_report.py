@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -43,12 +43,14 @@ def study_report(
     """
     before = None if readme is None else read_readme(readme)
     found = read_studies(tables, studies)
-    figures: dict[str, list[Path]] = {}
-    for results in found:
-        folder = out or results.folder
-        for file, svg in study_figures(results).items():
-            figures.setdefault(_name(results), []).append(folder / file)
-            _write_text(folder / file, svg)
+    figures = {
+        _name(results): {
+            (out or results.folder) / file: svg for file, svg in study_figures(results).items()
+        }
+        for results in found
+    }
+    for path, svg in (item for drawn in figures.values() for item in drawn.items()):
+        _write_text(path, svg)
     block = markdown(found, figures, Path() if readme is None else readme.parent)
     if readme is None or before is None:
         print(block)
@@ -95,7 +97,9 @@ def _write_text(path: Path, text: str) -> None:
 # Markdown -----------------------------------------------------------------------------------------
 
 
-def markdown(found: Sequence[StudyResults], figures: dict[str, list[Path]], base: Path) -> str:
+def markdown(
+    found: Sequence[StudyResults], figures: Mapping[str, Iterable[Path]], base: Path
+) -> str:
     """A section a study and budget, without a line end at the end.
 
     Args:
@@ -109,7 +113,7 @@ def markdown(found: Sequence[StudyResults], figures: dict[str, list[Path]], base
     return "\n\n".join([LEGEND, *sections])
 
 
-def _section(results: StudyResults, figures: Sequence[Path], base: Path) -> Iterator[str]:
+def _section(results: StudyResults, figures: Iterable[Path], base: Path) -> Iterator[str]:
     study = results.study
     accuracy, *curves = [f"![{_alt(results, f)}]({_link(f, base)})" for f in figures]
     yield f"### {study.name}, {study.budget} budget"
@@ -170,7 +174,7 @@ def _tables(results: StudyResults) -> Iterator[str]:
 
 
 def _table(cells: Sequence[CellResults], against: Sequence[CellResults]) -> str:
-    header = ["cell", "n", "last epoch", "best epoch", "prompt path", "teacher"]
+    header = ["method", "n", "last epoch", "best epoch", "prompt path", "teacher"]
     header += [f"above {_plain(other.label)}" for other in against] + ["seconds"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for cell in cells:
@@ -230,29 +234,29 @@ def sentences(results: StudyResults) -> Iterator[str]:
 def _said_of(
     other: CellResults, pairs: Sequence[tuple[CellResults, PairedDifference | None]]
 ) -> Iterator[str]:
-    """Lines of a list: each difference that is shown, then the others together."""
+    """Lines of a list: which cells are above another, which below, of which nothing is shown."""
     name = _plain(other.label)
-    open_, few = [], []
+    said: dict[str, list[str]] = {
+        f"Above {name}": [],
+        f"Below {name}": [],
+        f"No difference from {name} shown; in brackets, how large the interval lets one be": [],
+        f"Fewer than two pairs with {name}, so no interval": [],
+    }
+    above, below, open_, few = said.values()
     for cell, found in pairs:
         label = _plain(cell.label)
         if found is None or found.low is None or found.high is None:
             few.append(label)
         elif found.is_shown:
-            side = "above" if found.mean > 0 else "below"
             low, high = sorted((abs(found.low), abs(found.high)))
-            yield (
-                f"- {label} is {abs(found.mean):.2f} points {side} {name} (95 % interval "
-                f"{low:.2f} to {high:.2f}, n = {found.n} pairs)."
+            (above if found.mean > 0 else below).append(
+                f"{label} by {abs(found.mean):.2f} points (95 % interval {low:.2f} to {high:.2f}, "
+                f"n = {found.n} pairs)"
             )
         else:
-            open_.append(f"{label} ({max(-found.low, found.high):.2f})")
-    if open_:
-        yield (
-            f"- No difference from {name} shown (in brackets, how many points the interval still "
-            f"allows): {'; '.join(open_)}."
-        )
-    if few:
-        yield f"- Fewer than two pairs with {name}, so no interval: {'; '.join(few)}."
+            largest = max(-found.low, found.high)
+            open_.append(f"{label} ({largest:.2f} points, n = {found.n} pairs)")
+    yield from (f"- {what}: {'; '.join(cells)}." for what, cells in said.items() if cells)
 
 
 # Small things -------------------------------------------------------------------------------------

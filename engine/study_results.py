@@ -71,8 +71,9 @@ class StudyResults:
         return groups
 
     def against(self, recipe: str) -> list[CellResults]:
-        """The cells that the others of a recipe are compared with."""
-        return [r for r in self.by_recipe()[recipe] if r.label in self.study.against]
+        """The cells that the others of a recipe are compared with, in the order given."""
+        cells = {results.label: results for results in self.by_recipe()[recipe]}
+        return [cells[label] for label in self.study.against if label in cells]
 
 
 def difference(cell: CellResults, other: CellResults) -> PairedDifference | None:

@@ -325,27 +325,33 @@ def test_sentences_say_what_is_shown_and_what_is_not(table):
     (results,) = results_of(table)
     shown, note = sentences(results)
     half = half_width([1.0, 1.1, 0.9, 1.0])
-    assert shown.splitlines()[0] == (
-        f"- DFPT-KD is 1.00 points above KD (95 % interval {1 - half:.2f} to {1 + half:.2f}, "
+    above, open_, few = shown.splitlines()
+    assert above == (
+        f"- Above KD: DFPT-KD by 1.00 points (95 % interval {1 - half:.2f} to {1 + half:.2f}, "
         "n = 4 pairs)."
     )
-    assert re.search(r"- No difference from KD shown .*: mixture \(0\.\d\d\)\.", shown)
-    assert "Fewer than two pairs with KD, so no interval: labels only." in shown
+    mixture = difference(results.cells[2], results.cells[0])
+    assert open_.startswith("- No difference from KD shown; ")
+    assert open_.endswith(f": mixture ({max(-mixture.low, mixture.high):.2f} points, n = 4 pairs).")
+    assert few == "- Fewer than two pairs with KD, so no interval: labels only."
     assert note == "The 2 intervals are not corrected for multiple comparisons."
 
 
 def test_a_cell_below_is_said_to_be_below(tmp_path):
     (results,) = results_of(put(tmp_path, last={**LAST, DFPT: (59.0, 60.1, 61.4, 60.5)}))
     first = next(sentences(results)).splitlines()[0]
-    assert re.match(r"- DFPT-KD is 1\.00 points below KD \(95 % interval 0\.\d\d to 1\.\d\d", first)
+    assert re.match(
+        r"- Below KD: DFPT-KD by 1\.00 points \(95 % interval 0\.\d\d to 1\.\d\d", first
+    )
 
 
 def test_two_references_are_compared_with_each_other_once(table):
     (results,) = results_of(table)
     results = replace(results, study=replace(results.study, against=("KD", "DFPT-KD")))
+    assert [cell.label for cell in results.against("quickstart")] == ["KD", "DFPT-KD"]
     text = "\n".join(sentences(results))
-    assert "DFPT-KD is 1.00 points above KD" in text
-    assert "KD is 1.00 points below" not in text
+    assert "- Above KD: DFPT-KD by 1.00 points" in text
+    assert "Below DFPT-KD: KD" not in text
     assert "The 3 intervals" in text
 
 
