@@ -66,7 +66,7 @@ def accuracy_figure(results: StudyResults) -> Figure:
     figure = _new_figure(CELL_HEIGHT * sum(rows) + 0.75 * len(rows))
     panels = figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0]
     for axes, (recipe, cells) in zip(panels, recipes.items(), strict=True):
-        _draw_reference(axes, results.against(recipe))
+        _draw_reference(axes, results, recipe)
         for y, cell in enumerate(cells):
             _draw_cell(axes, y, cell)
         axes.set_yticks(range(len(cells)), [f"{c.label}  (n = {c.n})" for c in cells])
@@ -81,12 +81,12 @@ def accuracy_figure(results: StudyResults) -> Figure:
     return figure
 
 
-def _draw_reference(axes: Axes, against: list[CellResults]) -> None:
-    """A line where the first of the cells is that the others are compared with."""
-    last = against[0].last if against else None
-    if last is not None:
-        label = f"mean of {against[0].label}"
-        axes.axvline(last.mean, color=GREY, lw=1, ls="--", label=label)
+def _draw_reference(axes: Axes, results: StudyResults, recipe: str) -> None:
+    """A line at the mean of the first cell that all others are compared with."""
+    for other, cells in results.comparisons(recipe)[:1]:
+        last = other.last
+        if last is not None and len(cells) == len(results.by_recipe()[recipe]) - 1:
+            axes.axvline(last.mean, color=GREY, lw=1, ls="--", label=f"mean of {other.label}")
 
 
 def _draw_cell(axes: Axes, y: int, cell: CellResults) -> None:

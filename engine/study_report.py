@@ -170,12 +170,14 @@ def _tables(results: StudyResults) -> Iterator[str]:
     for recipe, cells in groups.items():
         if len(groups) > 1:
             yield f"`{recipe}`:"
-        yield _table(cells, results.against(recipe))
+        yield _table(cells, results.comparisons(recipe))
 
 
-def _table(cells: Sequence[CellResults], against: Sequence[CellResults]) -> str:
+def _table(
+    cells: Sequence[CellResults], comparisons: Sequence[tuple[CellResults, list[CellResults]]]
+) -> str:
     header = ["method", "n", "last epoch", "best epoch", "prompt path", "teacher"]
-    header += [f"above {_plain(other.label)}" for other in against] + ["seconds"]
+    header += [f"above {_plain(other.label)}" for other, _ in comparisons] + ["seconds"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for cell in cells:
         rows = cell.rows
@@ -187,7 +189,10 @@ def _table(cells: Sequence[CellResults], against: Sequence[CellResults]) -> str:
                 _mean(row.best_top1 for row in rows),
                 _mean(row.prompt_top1 for row in rows),
                 _mean(row.teacher_top1 for row in rows),
-                *(_difference(difference(cell, other)) for other in against),
+                *(
+                    _difference(difference(cell, other)) if cell in compared else ""
+                    for other, compared in comparisons
+                ),
                 f"{statistics.median(row.seconds for row in rows):,.0f}" if rows else "",
             ]
         )
@@ -214,13 +219,13 @@ def sentences(results: StudyResults) -> Iterator[str]:
     """What the comparisons of a study show, and what they leave open."""
     groups = results.by_recipe()
     intervals = 0
-    for recipe, cells in groups.items():
-        lines = []
-        for number, other in enumerate(results.against(recipe)):
-            earlier = results.against(recipe)[:number]  # has been compared the other way round
-            pairs = [
-                (c, difference(c, other)) for c in cells if c is not other and c not in earlier
-            ]
+    for recipe in groups:
+        lines: list[str] = []
+        earlier: list[CellResults] = []
+        for other, compared in results.comparisons(recipe):
+            # An earlier one has been compared the other way round.
+            pairs = [(c, difference(c, other)) for c in compared if c not in earlier]
+            earlier.append(other)
             intervals += sum(found is not None and found.n > 1 for _, found in pairs)
             lines += _said_of(other, pairs)
         if lines and len(groups) > 1:
@@ -237,9 +242,9 @@ def _said_of(
     """Lines of a list: which cells are above another, which below, of which nothing is shown."""
     name = _plain(other.label)
     said: dict[str, list[str]] = {
-        f"Above {name}": [],
-        f"Below {name}": [],
-        f"No difference from {name} shown; in brackets, how large the interval lets one be": [],
+        f"Above {name} (points, 95 % interval)": [],
+        f"Below {name} (points, 95 % interval)": [],
+        f"No difference from {name} shown (points that the interval still allows)": [],
         f"Fewer than two pairs with {name}, so no interval": [],
     }
     above, below, open_, few = said.values()
@@ -250,12 +255,11 @@ def _said_of(
         elif found.is_shown:
             low, high = sorted((abs(found.low), abs(found.high)))
             (above if found.mean > 0 else below).append(
-                f"{label} by {abs(found.mean):.2f} points (95 % interval {low:.2f} to {high:.2f}, "
-                f"n = {found.n} pairs)"
+                f"{label} by {abs(found.mean):.2f} ({low:.2f} to {high:.2f}, n = {found.n} pairs)"
             )
         else:
             largest = max(-found.low, found.high)
-            open_.append(f"{label} ({largest:.2f} points, n = {found.n} pairs)")
+            open_.append(f"{label} (up to {largest:.2f}, n = {found.n} pairs)")
     yield from (f"- {what}: {'; '.join(cells)}." for what, cells in said.items() if cells)
 
 

@@ -70,15 +70,21 @@ class StudyResults:
             groups.setdefault(results.cell.recipe, []).append(results)
         return groups
 
-    def against(self, recipe: str) -> list[CellResults]:
-        """The cells that the others of a recipe are compared with, in the order given."""
-        cells = {results.label: results for results in self.by_recipe()[recipe]}
-        return [cells[label] for label in self.study.against if label in cells]
+    def comparisons(self, recipe: str) -> list[tuple[CellResults, list[CellResults]]]:
+        """Each cell of a recipe that others are compared with, and these, in the study's order."""
+        cells = self.by_recipe()[recipe]
+        by_label = {results.label: results for results in cells}
+        found = []
+        for other in (by_label[label] for label in self.study.against if label in by_label):
+            rest = [r for r in cells if r is not other]
+            alike = [r for r in rest if r.cell.arm is not None and r.cell.arm == other.cell.arm]
+            found.append((other, alike or rest))
+        return found
 
 
 def difference(cell: CellResults, other: CellResults) -> PairedDifference | None:
     """Points of top-1 that a cell is above another, seed by seed; None without a common seed."""
-    return None if cell is other else PairedDifference.of(cell.by_seed, other.by_seed)
+    return PairedDifference.of(cell.by_seed, other.by_seed)
 
 
 def read_studies(tables: Sequence[Path], studies: Studies) -> list[StudyResults]:

@@ -327,12 +327,12 @@ def test_sentences_say_what_is_shown_and_what_is_not(table):
     half = half_width([1.0, 1.1, 0.9, 1.0])
     above, open_, few = shown.splitlines()
     assert above == (
-        f"- Above KD: DFPT-KD by 1.00 points (95 % interval {1 - half:.2f} to {1 + half:.2f}, "
+        f"- Above KD (points, 95 % interval): DFPT-KD by 1.00 ({1 - half:.2f} to {1 + half:.2f}, "
         "n = 4 pairs)."
     )
     mixture = difference(results.cells[2], results.cells[0])
-    assert open_.startswith("- No difference from KD shown; ")
-    assert open_.endswith(f": mixture ({max(-mixture.low, mixture.high):.2f} points, n = 4 pairs).")
+    assert open_.startswith("- No difference from KD shown (")
+    assert open_.endswith(f": mixture (up to {max(-mixture.low, mixture.high):.2f}, n = 4 pairs).")
     assert few == "- Fewer than two pairs with KD, so no interval: labels only."
     assert note == "The 2 intervals are not corrected for multiple comparisons."
 
@@ -341,18 +341,31 @@ def test_a_cell_below_is_said_to_be_below(tmp_path):
     (results,) = results_of(put(tmp_path, last={**LAST, DFPT: (59.0, 60.1, 61.4, 60.5)}))
     first = next(sentences(results)).splitlines()[0]
     assert re.match(
-        r"- Below KD: DFPT-KD by 1\.00 points \(95 % interval 0\.\d\d to 1\.\d\d", first
+        r"- Below KD \(.*\): DFPT-KD by 1\.00 \(0\.\d\d to 1\.\d\d, n = 4 pairs\)", first
     )
 
 
 def test_two_references_are_compared_with_each_other_once(table):
     (results,) = results_of(table)
     results = replace(results, study=replace(results.study, against=("KD", "DFPT-KD")))
-    assert [cell.label for cell in results.against("quickstart")] == ["KD", "DFPT-KD"]
     text = "\n".join(sentences(results))
-    assert "- Above KD: DFPT-KD by 1.00 points" in text
-    assert "Below DFPT-KD: KD" not in text
+    assert re.search(r"Above KD .*: DFPT-KD by 1\.00", text)
+    assert not re.search(r"Below DFPT-KD .*: KD by", text)
     assert "The 3 intervals" in text
+
+
+def test_a_reference_that_shares_its_arm_is_compared_with_that_arm_alone(table):
+    (results,) = results_of(table)
+    arms = [replace(results.cells[i].cell, arm=arm) for i, arm in enumerate(("a", "a", "b", "b"))]
+    cells = [replace(r, cell=cell) for r, cell in zip(results.cells, arms, strict=True)]
+    study = replace(results.study, cells=tuple(arms), against=("KD", "mixture"))
+    results = replace(results, study=study, cells=cells)
+    found = results.comparisons("quickstart")
+    assert [(other.label, [c.label for c in compared]) for other, compared in found] == [
+        ("KD", ["DFPT-KD"]), ("mixture", ["labels only"]),
+    ]  # fmt: skip
+    text = markdown([results], {"main-cpu": [Path("a.svg")]}, Path())
+    assert "intervals are not corrected" not in text  # there is one
 
 
 def test_what_is_missing_is_said(table, tmp_path):
