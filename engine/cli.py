@@ -30,7 +30,7 @@ VERBS = {
     "train": "train a student: dfptkd train RECIPE [--method M] [--data.root DIR] [options]",
     "train-teacher": "train a recipe's teacher: dfptkd train-teacher RECIPE [options]",
     "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
-    "report": "table and one-file HTML report: dfptkd report RUN... [--out FILE]",
+    "report": "what runs or studies show: dfptkd report RUN...|STUDY.csv... [--out PATH]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
@@ -430,14 +430,44 @@ def _eval(args: list[str]) -> int:
 
 def _report(args: list[str]) -> int:
     parser = _parser("report")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of run folders")
-    parser.add_argument("--out", type=Path, help="the HTML file")
+    parser.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="RUN|STUDY.csv",
+        help="run folders, or folders of them: a table and one HTML file. "
+        "Or tables of studies, with their archives: Markdown and figures",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="of runs: the HTML file; of studies: folder of the figures, absent: beside the table",
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="of studies: file to put the Markdown into, between its <!-- results: begin --> and "
+        "<!-- results: end -->; absent: it is printed",
+    )
     options = _parse(parser, args)
     if options is None:
         return 0
+    tables = [path for path in options.inputs if path.suffix == ".csv" and not path.is_dir()]
+    if tables and len(tables) < len(options.inputs):
+        raise UsageError("report: expected run folders, or tables of studies, not both")
+    if tables:
+        from .study_report import study_report
+
+        studies = _recipes("studies").STUDIES
+        study_report(tables, studies, out=options.out, readme=options.readme)
+        return 0
+    if options.readme is not None:
+        raise UsageError("report: --readme goes with tables of studies")
     from .report import report
 
-    report(options.runs, options.out)
+    report(options.inputs, options.out)
     return 0
 
 

@@ -534,7 +534,8 @@ class Study:
     epochs: int | None = None
     """Of every run; None: as the recipe has it."""
     against: tuple[str, ...] = ("KD",)
-    """Labels of the cells that the others of the same recipe are compared with, seed by seed."""
+    """Labels of the cells that the others of the same recipe are compared with, seed by seed; one
+    that shares its arm (a teacher, say) is compared with the cells of that arm alone."""
     curves: tuple[str, ...] = ()
     """Columns of metrics.csv to draw over the epochs, a figure each."""
 

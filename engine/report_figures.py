@@ -95,7 +95,7 @@ def recipe_figures(groups: Sequence[Group]) -> list[Picture]:
     """The figures of one recipe; those for which nothing was recorded are left out."""
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawn = [_final_accuracy(groups), *_curve_figures(groups)]
     return [picture for picture in drawn if picture is not None]
 
@@ -104,7 +104,7 @@ def _final_accuracy(groups: Sequence[Group]) -> Picture | None:
     rows = [(g, s) for g in groups if (s := g.last) is not None]
     if not rows:
         return None
-    figure = _figure(0.62 * len(rows) + 0.7)
+    figure = new_figure(0.62 * len(rows) + 0.7)
     axes = figure.add_subplot()
     with_teacher = [y for y, (group, _) in enumerate(rows) if group.teacher is not None]
     for y, (group, last) in enumerate(rows):
@@ -122,13 +122,13 @@ def _final_accuracy(groups: Sequence[Group]) -> Picture | None:
             values, [y + 0.24] * len(values), s=16, facecolors="none", edgecolors=STUDENT,
             label="student, each run" if y == 0 else None,
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{_wrap(g.label, 34)}\nn = {g.n}" for g, _ in rows])
+    axes.set_yticks(range(len(rows)), [f"{wrap(g.label, 34)}\nn = {g.n}" for g, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("test top-1 accuracy after the last epoch (%)")
     axes.margins(x=0.08)
     order = ("student, mean ± std", "student, each run", "teacher")
-    _legend_above(figure, [axes], order)
+    legend_above(figure, [axes], order)
     caption = "Finished runs. The bar is one sample standard deviation to either side."
     return Picture("Student accuracy", caption, _svg(figure, "final"))
 
@@ -200,7 +200,7 @@ def _panels(
     log = log and min(lows) > 0 and max(highs) > 10 * min(lows)
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure = _figure(PANEL_HEIGHT * rows, WIDTH * max(columns, 2) / COLUMNS)
+    figure = new_figure(PANEL_HEIGHT * rows, WIDTH * max(columns, 2) / COLUMNS)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for i, axes in enumerate(grid.flat):
         if i >= len(shown):
@@ -209,9 +209,7 @@ def _panels(
         group, curves = shown[i]
         for curve, band in curves:
             _draw(axes, curve, band)
-        axes.set_title(
-            _wrap(group.label, 40), loc="left", fontsize=10, fontweight="bold", color=INK
-        )
+        axes.set_title(wrap(group.label, 40), loc="left", fontsize=10, fontweight="bold", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if log:
             _log_axis(axes)
@@ -221,7 +219,7 @@ def _panels(
         if i % columns == 0:
             axes.set_ylabel(ylabel)
     order = list(dict.fromkeys(curve.label for group in groups for curve in curves_of(group)))
-    _legend_above(figure, [a for a in grid.flat if a.figure is not None], order)
+    legend_above(figure, [a for a in grid.flat if a.figure is not None], order)
     return Picture(title, caption, _svg(figure, title))
 
 
@@ -253,14 +251,14 @@ def _log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
+def new_figure(height: float, width: float = WIDTH) -> Figure:
     """A figure with no global state (pyplot keeps figures and picks a display)."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _legend_above(figure: Figure, panels: Sequence[Axes], order: Sequence[str]) -> None:
+def legend_above(figure: Figure, panels: Sequence[Axes], order: Sequence[str]) -> None:
     """One legend for all panels, each label once, in the order given; the figure grows by it."""
     entries: dict[str, Any] = {}
     for axes in panels:
@@ -276,7 +274,7 @@ def _legend_above(figure: Figure, panels: Sequence[Axes], order: Sequence[str]) 
     )  # fmt: skip
 
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: in the page's font, to be searched and copied
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -297,28 +295,40 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_text(figure: Figure, name: str, *, transparent: bool = True) -> str:
+    """A figure as an SVG element, the same text on every call.
+
+    Args:
+        figure: The figure, in the placeholders' colours.
+        name: Keeps its ids apart from those of other figures on a page.
+        transparent: Without a background.
+    """
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    # The salt keeps ids of different figures on one page apart, and the file reproducible.
     with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # 1/100 pt is plenty
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """A figure in the page's font and colours."""
+    svg = svg_text(figure, name)
     share = f"max-width: {100 * figure.get_figwidth() / WIDTH:.1f}%"
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="{share}"', svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)  # the page's
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # 1/100 pt is plenty
     svg = re.sub(r"\s*\n\s*", " ", svg)
     for placeholder, variable in THEME.items():
         svg = svg.replace(placeholder, f"var({variable})")
     return svg
 
 
-def _wrap(text: str, width: int) -> str:
+def wrap(text: str, width: int) -> str:
+    """Text in lines of `width` characters."""
     import textwrap
 
     return textwrap.fill(text, width, break_long_words=False)

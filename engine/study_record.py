@@ -72,6 +72,11 @@ class ArchivedRun:
     date: tuple[int, int, int, int, int, int]
     """When it ended, UTC."""
 
+    def series(self, column: str) -> list[tuple[float, float]]:
+        """(epochs completed, value) of a column of metrics.csv; empty where it does not apply."""
+        rows = csv.DictReader(io.StringIO(self.metrics))
+        return [(float(row["epoch"]), float(row[column])) for row in rows if row.get(column)]
+
     def row(self, budget: str, cell: str, command: str, name: str) -> StudyRow:
         """Its line.
 
@@ -94,8 +99,8 @@ class ArchivedRun:
     def _row(self, budget: str, cell: str, command: str, name: str) -> StudyRow:
         run = json.loads(self.run)
         config, hardware = run["config"], run["hardware"]
-        metrics = list(csv.DictReader(io.StringIO(self.metrics)))
-        student = _column(metrics, "test/student_top1")
+        student = [value for _, value in self.series("test/student_top1")]
+        prompt = self.series("test/prompt_top1")
         return StudyRow(
             budget=budget,
             cell=cell,
@@ -107,9 +112,9 @@ class ArchivedRun:
             train_images=run["data"]["train_images"],
             last_top1=student[-1],
             best_top1=max(student),
-            prompt_top1=next(reversed(_column(metrics, "test/prompt_top1")), None),
+            prompt_top1=prompt[-1][1] if prompt else None,
             teacher_top1=(run["teacher"] or {}).get("top1"),
-            seconds=_column(metrics, "seconds")[-1],
+            seconds=self.series("seconds")[-1][1],
             device=hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"],
             threads=hardware["threads"],
             torch=run["versions"]["torch"],
@@ -118,10 +123,6 @@ class ArchivedRun:
             run=name,
             command=command,
         )
-
-
-def _column(metrics: Sequence[dict[str, str]], name: str) -> list[float]:
-    return [float(row[name]) for row in metrics if row.get(name)]
 
 
 def put_on_record(study: Study, configure: Configure, results: Path) -> int:
