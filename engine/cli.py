@@ -585,7 +585,7 @@ def _study(args: list[str]) -> int:
         return dataclasses.replace(config, out_root=str(out_root), data=data)
 
     if options.list:
-        list_study(study, configure)
+        list_study(study, configure, options.results)
         return 0
     places = slots(options.device, options.workers)
     run_study(study, configure, places, results=options.results, minutes=options.minutes)

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .config import Configure, RunConfig, Study, to_dict
 from .errors import DataError, Stopped
 from .log import clock, write_json
 from .preemption import StopRequest, stop_on_signal
-from .study_record import archived_run, put_on_record
+from .study_record import archived_run, on_record, put_on_record
 from .teacher import find_teacher, run_folder, teacher_run
 
 POLL_S = 0.2
@@ -103,13 +103,15 @@ def run_study(
         minutes: Stop by then, as if asked to.
 
     Raises:
-        DataError: A folder holds a run of other options, and nothing was begun; or a run ended in
-            an error, and all others are done.
+        DataError: A folder, or the record, holds a run of other options, and nothing was begun; or
+            a run ended in an error, and all others are done.
         Stopped: A signal, or the time, asked to stop; every run under way is saved.
     """
     on_gpu = places[0].device == "cuda"
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    teachers, students = teacher_jobs(study, configure), student_jobs(study, configure, on_gpu)
+    done = on_record(study, configure, results)
+    students = student_jobs(study, configure, on_gpu, done)
+    teachers = teacher_jobs(job.config for job in students)
     failed: list[str] = []
     with stop_on_signal() as stop:
         try:
@@ -124,42 +126,51 @@ def run_study(
         raise DataError(f"{len(failed)} of the runs ended in an error: {'; '.join(failed)}")
 
 
-def teacher_jobs(study: Study, configure: Configure) -> list[Job]:
-    """One for each teacher that the study needs and has not got."""
+def student_jobs(
+    study: Study, configure: Configure, on_gpu: bool, done: Container[str] = ()
+) -> list[Job]:
+    """One a run, seed by seed, so that pairs are soon complete; on a GPU one for all seeds of a
+    cell, which fill it together, in the order of the table.
+
+    Args:
+        study: The study.
+        configure: Configuration of a cell.
+        on_gpu: Whether seeds go together.
+        done: Names of runs that are on record.
+
+    Raises:
+        DataError: A run's folder holds a run of other options.
+    """
+    jobs = []
+    for seeds in [study.seeds] if on_gpu else [(seed,) for seed in study.seeds]:
+        for cell in study.cells:
+            config = study.config(cell, configure)
+            runs = [replace(config, seed=seed) for seed in seeds]
+            missing = [run for run in runs if not is_done(run, done)]
+            if not missing:
+                continue
+            own = missing[0]
+            if len(missing) > 1:
+                own = replace(config, seeds=tuple(run.seed for run in missing))
+            jobs.append(Job(run_folder(own).name, own))
+    return jobs
+
+
+def is_done(config: RunConfig, done: Container[str]) -> bool:
+    """Whether a run is on record, or has left what goes there."""
+    return run_folder(config).name in done or archived_run(config) is not None
+
+
+def teacher_jobs(students: Iterable[RunConfig]) -> list[Job]:
+    """One for each teacher that runs need and that is not there yet."""
     jobs: dict[str, Job] = {}
-    for cell in study.cells:
-        config = configure(cell)
+    for config in students:
         if config.method == "ce" or config.teacher.weights or find_teacher(config) is not None:
             continue
         teacher = teacher_run(config)
         name = run_folder(teacher).name
         jobs.setdefault(name, Job(name, teacher))
     return list(jobs.values())
-
-
-def student_jobs(study: Study, configure: Configure, on_gpu: bool) -> list[Job]:
-    """One a run, seed by seed, so that pairs are soon complete; on a GPU one for all seeds of a
-    cell, which fill it together, in the order of the table."""
-    jobs = []
-    for seeds in [study.seeds] if on_gpu else [(seed,) for seed in study.seeds]:
-        for cell in study.cells:
-            config = study.config(cell, configure)
-            runs = [replace(config, seed=seed) for seed in seeds]
-            if all(run_is_finished(run) for run in runs):
-                continue
-            name = run_folder(runs[0]).name if len(runs) == 1 else run_folder(config).name
-            own = runs[0] if len(runs) == 1 else replace(config, seeds=tuple(seeds))
-            jobs.append(Job(name, own))
-    return jobs
-
-
-def run_is_finished(config: RunConfig) -> bool:
-    """Whether a run has left what is kept of it.
-
-    Raises:
-        DataError: Its folder holds a run of other options.
-    """
-    return archived_run(config) is not None
 
 
 def work_through(
@@ -238,12 +249,12 @@ def last_line(path: Path) -> str:
     return told[-1] if told else "nothing said"
 
 
-def list_study(study: Study, configure: Configure) -> None:
-    """Print the study's runs, as commands, and what is finished of them."""
+def list_study(study: Study, configure: Configure, results: Path) -> None:
+    """Print the study's runs, as commands, and how many of them are finished."""
     print(f"{study.question}\n")
+    done = on_record(study, configure, results)
     for cell in study.cells:
         config = study.config(cell, configure)
-        done = [seed for seed in study.seeds if run_is_finished(replace(config, seed=seed))]
-        print(
-            f"{len(done)}/{len(study.seeds)}  {cell.label}: {study.command(cell, study.seeds[0])}"
-        )
+        finished = sum(is_done(replace(config, seed=seed), done) for seed in study.seeds)
+        command = study.command(cell, study.seeds[0])
+        print(f"{finished}/{len(study.seeds)}  {cell.label}: {command}")

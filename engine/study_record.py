@@ -13,14 +13,14 @@ import dataclasses
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
 from typing import Any
 
-from .config import Configure, RunConfig, Study
-from .errors import DataError
+from .config import Configure, RunConfig, Study, from_dict, to_dict
+from .errors import DataError, UsageError
 from .files import first_line, write_atomically
 from .resume import differences
 from .teacher import run_folder
@@ -76,6 +76,22 @@ class ArchivedRun:
         """(epochs completed, value) of a column of metrics.csv; empty where it does not apply."""
         rows = csv.DictReader(io.StringIO(self.metrics))
         return [(float(row["epoch"]), float(row[column])) for row in rows if row.get(column)]
+
+    def check(self, config: RunConfig, where: str) -> None:
+        """Refuse what is kept of a run of other options.
+
+        Options that are younger than the run have their defaults: those change nothing.
+
+        Raises:
+            DataError: It names them, and `where`.
+        """
+        try:
+            then = to_dict(from_dict(RunConfig, json.loads(self.run)["config"]))
+        except (LookupError, TypeError, ValueError, UsageError) as error:
+            raise DataError(f"{where}: run.json is damaged: {first_line(error)}") from None
+        different = differences(then, config, exact=("epochs", "max_steps"))
+        if different:
+            raise DataError(f"{where}: holds another run ({'; '.join(different)})")
 
     def row(self, budget: str, cell: str, command: str, name: str) -> StudyRow:
         """Its line.
@@ -140,32 +156,57 @@ def put_on_record(study: Study, configure: Configure, results: Path) -> int:
         StorageError: The disk refused; the record is as it was before.
     """
     table = results / f"{study.name}.csv"
-    archive = results / "runs" / f"{study.name}-{study.budget}.zip"
-    kept = read_archive(archive) if archive.is_file() else {}
+    archive = archive_of(study, results)
+    before = on_record(study, configure, results)
     others = [r for r in read_rows(table) if r.budget != study.budget] if table.is_file() else []
-    before = dict(kept)
+    kept: dict[str, ArchivedRun] = {}
     rows: list[StudyRow] = []
     for cell in study.cells:
         config = study.config(cell, configure)
+        of_cell = by_seed(before, config)
         for seed in study.seeds:
-            own = dataclasses.replace(config, seed=seed)
-            archived = archived_run(own)
+            archived = archived_run(dataclasses.replace(config, seed=seed))
             if archived is not None:
-                kept[run_folder(own).name] = archived
-        prefix = run_folder(dataclasses.replace(config, seed=0)).name.removesuffix("0")
-        for name in sorted(n for n in kept if n.removeprefix(prefix).isdecimal()):
-            seed = int(name.removeprefix(prefix))
-            command = study.command(cell, seed)
-            rows.append(kept[name].row(study.budget, cell.label, command, name))
+                of_cell[seed] = archived
+        for seed, run in of_cell.items():
+            name = run_folder(dataclasses.replace(config, seed=seed)).name
+            rows.append(run.row(study.budget, cell.label, study.command(cell, seed), name))
+            kept[name] = run
     rows.sort(key=lambda row: ([c.label for c in study.cells].index(row.cell), row.seed))
     if not rows and not others:
         return 0
-    named = {row.run for row in rows}
-    kept = {name: run for name, run in kept.items() if name in named}
     if kept != before:
         write_atomically(archive, lambda path: _write_archive(path, kept))
     write_atomically(table, lambda path: _write_rows(path, [*others, *rows]))
     return len(rows)
+
+
+def archive_of(study: Study, results: Path) -> Path:
+    """Where the runs of a study are kept."""
+    return results / "runs" / f"{study.name}-{study.budget}.zip"
+
+
+def on_record(study: Study, configure: Configure, results: Path) -> dict[str, ArchivedRun]:
+    """What is kept of a study's runs, by the names of their folders.
+
+    Raises:
+        DataError: The archive is damaged, or holds a run of other options than the study's.
+    """
+    archive = archive_of(study, results)
+    kept = read_archive(archive) if archive.is_file() else {}
+    for cell in study.cells:
+        config = study.config(cell, configure)
+        for seed, run in by_seed(kept, config).items():
+            own = dataclasses.replace(config, seed=seed)
+            run.check(own, f"{archive}: {run_folder(own).name}")
+    return kept
+
+
+def by_seed(kept: Mapping[str, ArchivedRun], config: RunConfig) -> dict[int, ArchivedRun]:
+    """Those runs whose folders have the name that a run of `config` with some seed has."""
+    prefix = run_folder(dataclasses.replace(config, seed=0)).name.removesuffix("0")
+    seeds = {name.removeprefix(prefix): name for name in kept if name.startswith(prefix)}
+    return {int(seed): kept[name] for seed, name in seeds.items() if seed.isdecimal()}
 
 
 def archived_run(config: RunConfig) -> ArchivedRun | None:
@@ -183,14 +224,10 @@ def archived_run(config: RunConfig) -> ArchivedRun | None:
         metrics = (folder / "metrics.csv").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot be read: {first_line(error)}") from None
-    different = differences(run["config"], config, exact=("epochs", "max_steps"))
-    if different:
-        raise DataError(
-            f"{folder}: holds another run ({'; '.join(different)}): expected another --out-root"
-        )
     ended = datetime.fromtimestamp(done.stat().st_mtime, timezone.utc).timetuple()[:6]
-    text = json.dumps(_without_paths(run, config), indent=1) + "\n"
-    return ArchivedRun(text, metrics, ended)
+    kept = ArchivedRun(json.dumps(_without_paths(run, config), indent=1) + "\n", metrics, ended)
+    kept.check(config, str(folder))
+    return kept
 
 
 def _without_paths(run: dict[str, Any], config: RunConfig) -> dict[str, Any]:

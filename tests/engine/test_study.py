@@ -56,6 +56,12 @@ def done(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def results(done, tmp_path):
+    shutil.copytree(done / "results", tmp_path / "results")
+    return tmp_path / "results"
+
+
 # The runs -----------------------------------------------------------------------------------------
 
 
@@ -93,7 +99,7 @@ def test_more_seeds_run_those_alone(done):
     configure = configured(done / "runs")
     jobs = student_jobs(replace(STUDY, seeds=(1, 2)), configure, on_gpu=False)
     assert [job.name for job in jobs] == ["tiny-ce-seed2", "tiny-kd-seed2"]
-    assert teacher_jobs(STUDY, configure) == []
+    assert teacher_jobs(job.config for job in jobs) == []
 
 
 def test_on_a_gpu_the_seeds_of_a_cell_are_one_job(tmp_path):
@@ -157,13 +163,47 @@ def test_a_folder_with_a_run_of_other_options_is_refused_before_anything_runs(
             "epochs: 2 there, 3 here",
         ),
     ):
-        with pytest.raises(DataError, match=f"holds another run.*{said}.*another --out-root"):
+        with pytest.raises(DataError, match=f"holds another run.*{said}"):
             run_study(study, configure, ONE_THREAD, results=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_list_says_what_is_done_and_how_to_do_it(done, capsys):
-    list_study(replace(STUDY, seeds=(0, 1, 2)), configured(done / "runs"))
+def test_what_is_on_record_is_not_run_again(results, tmp_path, monkeypatch):
+    """On another machine, to which the record alone has come."""
+    started = []
+    monkeypatch.setattr(study_module, "work_through", lambda jobs, *_: started.extend(jobs) or [])
+    four = replace(STUDY, seeds=(0, 1, 2))
+    run_study(four, configured(tmp_path / "runs"), ONE_THREAD, results=results)
+    assert [job.name for job in started] == [
+        "teacher-synthetic-cifar-resnet8_s2-seed0", "tiny-ce-seed2", "tiny-kd-seed2",
+    ]  # fmt: skip
+    on_gpu = student_jobs(four, configured(tmp_path / "runs"), True, {"tiny-kd-seed1"})
+    assert [job.config.seeds for job in on_gpu] == [(0, 1, 2), (0, 2)]
+
+
+def test_a_record_of_other_options_is_refused_and_stays(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "start", lambda *_: pytest.fail("a run was started"))
+    before = [path.read_bytes() for path in sorted(results.rglob("*.*"))]
+    other = configured(tmp_path / "runs", global_batch=32)
+    with pytest.raises(DataError, match=r"tiny_study-cpu\.zip: tiny-ce-seed0: holds another run"):
+        run_study(STUDY, other, ONE_THREAD, results=results)
+    assert [path.read_bytes() for path in sorted(results.rglob("*.*"))] == before
+
+
+def test_an_option_younger_than_the_record_has_its_default(results):
+    """Its default is what the code did before."""
+    kept = read_archive(results / "runs/tiny_study-cpu.zip")["tiny-ce-seed0"]
+    older = json.loads(kept.run)
+    del older["config"]["loss"]["update"]
+    config = replace(STUDY.config(STUDY.cells[0], configured(results)), seed=0)
+    replace(kept, run=json.dumps(older)).check(config, "x")
+    changed = replace(config, loss=replace(config.loss, update="alternating"))
+    with pytest.raises(DataError, match=r"x: holds another run \(loss.update: simultaneous there"):
+        replace(kept, run=json.dumps(older)).check(changed, "x")
+
+
+def test_list_says_what_is_done_and_how_to_do_it(done, tmp_path, capsys):
+    list_study(replace(STUDY, seeds=(0, 1, 2)), configured(done / "runs"), tmp_path)
     said = capsys.readouterr().out
     assert "2/3  KD: dfptkd train tiny --method kd --epochs 2 --seed 0" in said
 
@@ -192,12 +232,6 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch):
 
 
 # The record ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def results(done, tmp_path):
-    shutil.copytree(done / "results", tmp_path / "results")
-    return tmp_path / "results"
 
 
 def test_the_record_names_no_path_of_the_machine(done):
