@@ -50,7 +50,9 @@ def study_figures(results: StudyResults) -> dict[str, str]:
     import matplotlib as mpl
 
     name = f"{results.study.name}-{results.study.budget}"
-    with mpl.rc_context({**STYLE, "font.size": 9.5}):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever settings of their own somebody has
+        mpl.rcParams.update({**STYLE, "font.size": 9.5})
         drawn = {f"{name}.svg": accuracy_figure(results)}
         for column in results.study.curves:
             if any(cell.curves[column] for cell in results.cells):
@@ -64,7 +66,7 @@ def accuracy_figure(results: StudyResults) -> Figure:
     recipes = results.by_recipe()
     rows = [len(cells) for cells in recipes.values()]
     figure = _new_figure(CELL_HEIGHT * sum(rows) + 0.75 * len(rows))
-    panels = figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0]
+    panels = list(figure.subplots(len(rows), squeeze=False, height_ratios=rows).flat)
     for axes, (recipe, cells) in zip(panels, recipes.items(), strict=True):
         _draw_reference(axes, results, recipe)
         for y, cell in enumerate(cells):
@@ -122,6 +124,7 @@ def curve_figure(results: StudyResults, column: str) -> Figure:
         for cell in cells:
             turn, color = divmod(labels.index(cell.label), len(COLORS))
             _draw_curve(axes, cell, cell.curves[column], COLORS[color], LINE_STYLES[turn % 4])
+        axes.set_ylim(bottom=_bottom(cells, column))
         axes.xaxis.set_major_locator(MaxNLocator(8 // columns, integer=True))
         if i + columns >= len(recipes):  # the lowest panel of its column
             axes.set_xlabel("epoch")
@@ -132,6 +135,15 @@ def curve_figure(results: StudyResults, column: str) -> Figure:
             axes.set_title(wrap(recipe, 44), loc="left", fontsize=9.5, fontweight="bold")
     legend_above(figure, panels, labels)
     return figure
+
+
+def _bottom(cells: list[CellResults], column: str) -> float | None:
+    """Where an axis of accuracies starts: their steep rise would leave little room for the rest."""
+    if "top1" not in column:
+        return None
+    runs = [run for cell in cells for run in cell.curves[column]]
+    late = max(epoch for run in runs for epoch, _ in run) / 3
+    return min(value for run in runs for epoch, value in run if epoch >= late) - 1
 
 
 def _draw_curve(axes: Axes, cell: CellResults, runs: list[Series], color: str, style: str) -> None:

@@ -275,7 +275,7 @@ def read_archive(path: Path) -> dict[str, ArchivedRun]:
                 for name in names
                 if not name.endswith("/metrics.csv")
             }
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a byte that is wrong can make zipfile raise anything
         raise DataError(f"{path}: damaged archive: {first_line(error)}") from None
 
 

@@ -278,7 +278,7 @@ def _name_in(results: StudyResults, cell: CellResults) -> str:
 
 def _alt(results: StudyResults, figure: Path) -> str:
     curve = figure.stem.removeprefix(_name(results)).lstrip("-")
-    return f"{results.study.name}: {curve + ' over the epochs' if curve else 'accuracy by cell'}"
+    return f"{results.study.name}: {curve + ' over the epochs' if curve else 'accuracy by method'}"
 
 
 def _link(path: Path, base: Path) -> str:

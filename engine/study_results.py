@@ -167,6 +167,12 @@ def _results(
                 raise DataError(f"{archive}: {row.run}: {column}: {first_line(error)}") from None
             if values:
                 series.append(values)
+    for results in cells:
+        if len({(row.epochs, row.train_images) for row in results.rows}) > 1:
+            raise DataError(
+                f"{table}: {results.label}: runs of different length or on different data: "
+                "expected ones that differ in their seed alone"
+            )
     return StudyResults(study, table.parent, cells)
 
 

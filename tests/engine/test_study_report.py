@@ -14,6 +14,7 @@ from dfptkd.engine.cli import main
 from dfptkd.engine.config import Cell, RunConfig, Study, to_dict
 from dfptkd.engine.errors import DataError, UsageError
 from dfptkd.engine.paired import PairedDifference, half_width, t_quantile
+from dfptkd.engine.study_figures import study_figures
 from dfptkd.engine.study_record import put_on_record
 from dfptkd.engine.study_report import BEGIN, END, NOTHING, markdown, sentences, study_report
 from dfptkd.engine.study_results import difference, read_studies
@@ -249,6 +250,28 @@ def test_a_damaged_archived_run_is_refused(table):
         results_of(table)
 
 
+@pytest.mark.parametrize("place", [0.01, 0.3, 0.6, 0.9, 0.99])
+def test_a_damaged_archive_is_one_line(table, place):
+    path = table.parent / "runs" / "main-cpu.zip"
+    whole = path.read_bytes()
+    cut = int(len(whole) * place)
+    path.write_bytes(whole[:cut] + bytes(20) + whole[cut + 20 :])
+    with pytest.raises(DataError) as error:
+        results_of(table)
+    assert "\n" not in str(error.value)
+
+
+def test_runs_of_a_cell_that_are_not_alike_are_refused(table):
+    def enlarge(texts):
+        name = "quickstart-kd-seed0/run.json"
+        texts[name] = texts[name].replace('"train_images": 5000', '"train_images": 6000')
+
+    edit_archive(table, enlarge)
+    edit(table, lambda rows: [rows[0] | {"train_images": "6000"}, *rows[1:]])
+    with pytest.raises(DataError, match=r"KD: runs of different length or on different data"):
+        results_of(table)
+
+
 def changed(study: Study, **changes):
     return {"main": lambda budget: replace(study, budget=budget, **changes)}
 
@@ -386,6 +409,20 @@ def test_studies_have_their_order_and_only_the_first_is_open(tmp_path):
     assert text.index("<details>") > text.index(heads[2])
 
 
+def test_each_recipe_has_its_own_table_comparisons_and_panel(table):
+    (results,) = results_of(table)
+    others = [replace(r, cell=replace(r.cell, recipe="other")) for r in results.cells[:2]]
+    study = replace(results.study, cells=(*LAST, *(r.cell for r in others)))
+    results = replace(results, study=study, cells=[*results.cells, *others])
+    text = markdown([results], {"main-cpu": [Path("a.svg")]}, Path())
+    assert text.count("| method | n |") == 2
+    assert text.count("`other`:") == 2  # its table, and what that shows
+    assert "No run yet of labels only (`quickstart`)." in text
+    assert "The 3 intervals" in text
+    for svg in study_figures(results).values():
+        assert svg.count(">other</text>") == 1
+
+
 def test_text_out_of_files_stays_in_its_cell(table):
     def name_the_device(texts):
         for name, text in texts.items():
@@ -449,7 +486,7 @@ def test_a_refused_table_changes_no_file(table, readme):
 
 def test_figures_are_the_same_bytes_each_time(table, tmp_path, capsys):
     study_report([table], STUDIES)
-    assert "![main: accuracy by cell](" in capsys.readouterr().out
+    assert "![main: accuracy by method](" in capsys.readouterr().out
     study_report([table], STUDIES, out=tmp_path / "again")
     names = sorted(path.name for path in table.parent.glob("*.svg"))
     assert names == ["main-cpu-test-prompt_top1.svg", "main-cpu-test-student_top1.svg",
