@@ -107,7 +107,7 @@ class ArchivedRun:
         """
         try:
             return self._row(budget, cell, command, name)
-        except (LookupError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(
                 f"{name}: run.json or metrics.csv in the archive is damaged: {first_line(error)}"
             ) from None

@@ -178,10 +178,7 @@ def _results(
 
 def _check_row(row: StudyRow, cell: Cell, study: Study, run: ArchivedRun, where: str) -> None:
     """Refuse a row that is not what its run, and the study, give."""
-    try:
-        archived = run.row(study.budget, cell.label, study.command(cell, row.seed), row.run)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: its archived run is damaged: {first_line(error)}") from None
+    archived = run.row(study.budget, cell.label, study.command(cell, row.seed), row.run)
     declared = {"method": cell.method, "arm": cell.arm, "epochs": study.epochs or row.epochs}
     for source, values in (
         ("its archived run", asdict(archived)), ("the study", declared)
