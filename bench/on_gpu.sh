@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # GPU checks and measurements of one part:
 # bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data|optim
+# bench/on_gpu.sh study NAME full|short
 #
 # Needs an NVIDIA GPU, PyTorch >= 2.11 and Triton >= 3.6; no network, no install, no tyro. Stays
 # within 9 minutes. Correctness first; a short table last; rows for bench/results.csv and the full
@@ -138,8 +139,52 @@ EOF
   (cd "$path" && timeout 120 "$python" -m dfptkd.bench.optim --device cuda --rounds 100 \
     --out "$out/results.csv") 2>&1 | tee "$out/optim-bench.txt" | tail -n 30
   ;;
+# As much of a study as $MINUTES allow (8). $DATA: folder with cifar-100-binary, or with the script
+# that unpacks it. What is under way comes back as $out/study.tar.* and is gone on with when these
+# lie in bench/out: the record, teachers, and the newest checkpoint of each unfinished run.
+study)
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv" || true
+  name=${2:-main} budget=${3:-full} data=${DATA:-$root/shared/data}
+  if [ ! -d "$data/cifar-100-binary" ]; then
+    if [ ! -f "$data/unpack_cifar100.py" ]; then
+      echo "$data: neither cifar-100-binary nor unpack_cifar100.py: expected DATA=<folder with one>" >&2
+      exit 3
+    fi
+    "$python" "$data/unpack_cifar100.py" "$path/data"
+    data=$path/data
+  fi
+  state=$path/state
+  mkdir -p "$state/runs"
+  cp -r "$root/bench/results" "$state/results" 2> /dev/null || mkdir "$state/results"
+  if ls "$root"/bench/out/study.tar.* > /dev/null 2>&1; then
+    cat "$root"/bench/out/study.tar.* | tar -x -C "$state"
+  fi
+  code=0
+  (cd "$path" && "$python" -m dfptkd.engine.cli study "$name" --budget "$budget" --data.root "$data" \
+    --out-root "$state/runs" --results "$state/results" --minutes "${MINUTES:-8}") 2>&1 \
+    | tee "$out/study.txt" || code=$?
+  "$python" - "$state" << 'EOF'
+# Finished students are on record; of the others the newest checkpoint is enough.
+import pathlib
+import shutil
+import sys
+for run in pathlib.Path(sys.argv[1], "runs").iterdir():
+    done = (run / "student.safetensors").is_file()
+    steps = sorted(run.glob("checkpoints/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    is_teacher = (run / "teacher.safetensors").is_file()
+    for old in steps if is_teacher else steps[:-1]:
+        shutil.rmtree(old)
+    if done:
+        shutil.rmtree(run)
+EOF
+  rm -f "$out"/study.tar.*
+  tar -c -C "$state" runs results | split -b 15m - "$out/study.tar."
+  ls -l "$out"/study.tar.*
+  exit $code
+  ;;
 *)
   echo "usage: bench/on_gpu.sh loss|prompt|step|step-plus|step-imagenet|data|optim" >&2
+  echo "       bench/on_gpu.sh study NAME full|short" >&2
   exit 2
   ;;
 esac
