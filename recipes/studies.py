@@ -192,9 +192,20 @@ def combination(budget: Budget) -> Study:
     )  # fmt: skip
 
 
+def quickstart(budget: Budget) -> Study:
+    """The runs of `make demo`, the same for every budget; they are found in its folder, `runs`."""
+    arms = (("labels only", "ce"), (KD, "kd"), (DFPT, "dfpt"), (PLUS, "dfpt_plus"))
+    return Study(
+        "quickstart", budget, "What does `make demo` show?",
+        "Three seeds of networks that are too small, and KD's weights are not DFPT-KD's: it shows "
+        "that everything works, not which method is best.",
+        tuple(Cell(label, "quickstart", method) for label, method in arms), (0, 1, 2),
+    )  # fmt: skip
+
+
 STUDIES: dict[str, Callable[[Budget], Study]] = {
     study.__name__: study
     for study in (
-        main, bidirectional, structure, scales, weights, gap, capacity, combination
+        main, bidirectional, structure, scales, weights, gap, capacity, combination, quickstart
     )
 }  # fmt: skip

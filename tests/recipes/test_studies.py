@@ -1,6 +1,7 @@
 """M21, M23, M28-M43, M49: what each study runs, and that its commands run the same."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from dfptkd.engine.cli import main, parse_run
 from dfptkd.engine.config import to_dict
 from dfptkd.recipes import cifar100
 from dfptkd.recipes.arms import ARMS
+from dfptkd.recipes.quickstart import quickstart
 from dfptkd.recipes.studies import STUDIES
 
 BUDGETS = ("full", "short", "cpu")
@@ -15,7 +17,9 @@ ALL = [(name, budget) for name in STUDIES for budget in BUDGETS]
 
 
 def configure(cell):
-    config = getattr(cifar100, cell.recipe.removeprefix("cifar100."))(cell.method)
+    name = cell.recipe.removeprefix("cifar100.")
+    make = quickstart if name == "quickstart" else getattr(cifar100, name)
+    config = make(cell.method)
     return config if cell.arm is None else replace(ARMS[cell.arm](config), arm=cell.arm)
 
 
@@ -52,13 +56,22 @@ def test_the_command_of_a_run_is_its_configuration(name, budget):
 
 
 def test_budgets_are_the_protocols_or_small_networks():
-    for name in STUDIES:
+    for name in STUDIES.keys() - {"quickstart"}:
         full, short, cpu = (STUDIES[name](budget) for budget in BUDGETS)
         assert [cell.recipe for cell in full.cells] == [cell.recipe for cell in short.cells]
         assert {full.config(cell, configure).epochs for cell in full.cells} == {240}
         assert {short.config(cell, configure).epochs for cell in short.cells} == {40}
         assert {cell.recipe for cell in cpu.cells} == {"cifar100.resnet20_s2_resnet8_s2"}
         assert len(cpu.seeds) >= 8
+
+
+def test_quickstart_is_what_make_demo_runs():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    methods = makefile.partition("METHODS := ")[2].partition("\n")[0].split()
+    assert "train quickstart --method $$method --seeds 0,1,2 $(DEMO_FLAGS)" in makefile
+    study = STUDIES["quickstart"]("cpu")
+    assert [cell.method for cell in study.cells] == methods
+    assert (study.seeds, study.epochs) == ((0, 1, 2), None)
 
 
 def test_M28_the_main_table_has_every_method_and_both_controls_on_each_pair():
