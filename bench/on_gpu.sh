@@ -139,7 +139,7 @@ EOF
   (cd "$path" && timeout 120 "$python" -m dfptkd.bench.optim --device cuda --rounds 100 \
     --out "$out/results.csv") 2>&1 | tee "$out/optim-bench.txt" | tail -n 30
   ;;
-# As much of a study as $MINUTES allow (8). $DATA: folder with cifar-100-binary, or with the script
+# As much of a study as $MINUTES allow (7; saving and packing take more). $DATA: folder with cifar-100-binary, or with the script
 # that unpacks it. What is under way comes back as $out/study.tar.* and is gone on with when these
 # lie in bench/out: the record, teachers, and the newest checkpoint of each unfinished run.
 study)
@@ -161,24 +161,29 @@ study)
   fi
   code=0
   (cd "$path" && "$python" -m dfptkd.engine.cli study "$name" --budget "$budget" --data.root "$data" \
-    --out-root "$state/runs" --results "$state/results" --minutes "${MINUTES:-8}") 2>&1 \
+    --out-root "$state/runs" --results "$state/results" --minutes "${MINUTES:-7}") 2>&1 \
     | tee "$out/study.txt" || code=$?
   "$python" - "$state" << 'EOF'
-# Finished students are on record; of the others the newest checkpoint is enough.
+# A run that is on record may go; of the others the newest checkpoint is enough.
 import pathlib
 import shutil
 import sys
-for run in pathlib.Path(sys.argv[1], "runs").iterdir():
-    done = (run / "student.safetensors").is_file()
-    steps = sorted(run.glob("checkpoints/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    is_teacher = (run / "teacher.safetensors").is_file()
-    for old in steps if is_teacher else steps[:-1]:
-        shutil.rmtree(old)
-    if done:
+import zipfile
+state = pathlib.Path(sys.argv[1])
+archives = [zipfile.ZipFile(path).namelist() for path in state.glob("results/runs/*.zip")]
+on_record = {name.removesuffix("/run.json") for names in archives for name in names}
+for run in (state / "runs").iterdir():
+    if run.name in on_record:
         shutil.rmtree(run)
+        continue
+    steps = sorted(run.glob("checkpoints/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    is_finished = any((run / f"{kind}.safetensors").is_file() for kind in ("teacher", "student"))
+    for old in steps if is_finished else steps[:-1]:
+        shutil.rmtree(old)
 EOF
+  tar -c -C "$state" runs results | split -b 15m - "$out/new.study.tar."
   rm -f "$out"/study.tar.*
-  tar -c -C "$state" runs results | split -b 15m - "$out/study.tar."
+  for part in "$out"/new.study.tar.*; do mv "$part" "$out/${part##*/new.}"; done
   ls -l "$out"/study.tar.*
   exit $code
   ;;

@@ -205,8 +205,6 @@ def parse_options(
         UsageError: Unknown option or value.
         SystemExit: Help was asked for and printed.
     """
-    import tyro
-
     known = option_types(RunConfig)
     expanded: list[str] = []
     for arg in args:
@@ -220,6 +218,8 @@ def parse_options(
             expanded.append(arg)
     if not expanded:
         return config
+    import tyro
+
     # `--seeds 0,1,2` as well as `--seeds 0 1 2`
     listed: list[str] = []
     option = ""
@@ -595,9 +595,10 @@ def _study(args: list[str]) -> int:
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Different whole numbers with commas between."""
     parts = text.split(",")
-    if not all(p.isdecimal() for p in parts) or len(set(parts)) < len(parts):
+    numbers = tuple(int(p) for p in parts if p.isdecimal())
+    if len(set(numbers)) < len(parts):
         raise UsageError(f"{option} {text}: expected different whole numbers with commas between")
-    return tuple(int(p) for p in parts)
+    return numbers
 
 
 def _doctor(args: list[str]) -> int:

@@ -513,10 +513,17 @@ class Cell:
     """A line of a study's table: runs that differ in their seed alone."""
 
     label: str
-    """As it stands in the table; unique among the cells of a recipe."""
+    """As it stands in the table; unique in its group."""
     recipe: str
     method: str
     arm: str | None = None
+    group: str | None = None
+    """Cells of one group share a table, and are compared with each other; absent: the recipe's."""
+
+    @property
+    def heading(self) -> str:
+        """Of its table, where a study has several."""
+        return self.group or self.recipe
 
 
 @dataclass(frozen=True)
@@ -534,8 +541,7 @@ class Study:
     epochs: int | None = None
     """Of every run; None: as the recipe has it."""
     against: tuple[str, ...] = ("KD",)
-    """Labels of the cells that the others of the same recipe are compared with, seed by seed; one
-    that shares its arm (a teacher, say) is compared with the cells of that arm alone."""
+    """Labels of the cells that the others of the same group are compared with, seed by seed."""
     curves: tuple[str, ...] = ()
     """Columns of metrics.csv to draw over the epochs, a figure each."""
 

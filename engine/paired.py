@@ -15,8 +15,6 @@ class PairedDifference:
     """What two sets of runs differ by, pair by pair; in the unit of their values."""
 
     mean: float
-    std: float | None
-    """Of the differences, n - 1 in the denominator; None for a single pair."""
     n: int
     low: float | None
     """Lower end of the 95 % interval of the mean; None for a single pair."""
@@ -35,10 +33,9 @@ class PairedDifference:
             return None
         mean = statistics.fmean(differences)
         if len(differences) < 2:
-            return cls(mean, None, 1, None, None)
+            return cls(mean, 1, None, None)
         half = half_width(differences)
-        std = statistics.stdev(differences)
-        return cls(mean, std, len(differences), mean - half, mean + half)
+        return cls(mean, len(differences), mean - half, mean + half)
 
     @property
     def is_shown(self) -> bool:

@@ -6,6 +6,7 @@ study, the same command goes on. study_record.py has what is kept of them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import statistics
@@ -19,13 +20,16 @@ from typing import NamedTuple
 
 from .config import Configure, RunConfig, Study, to_dict
 from .errors import DataError, Stopped
-from .log import clock, write_json
+from .lock import RunLock
+from .log import Terminal, clock, write_json
 from .preemption import StopRequest, stop_on_signal
 from .study_record import archived_run, on_record, put_on_record
 from .teacher import find_teacher, run_folder, teacher_run
 
 POLL_S = 0.2
 KILL_AFTER_S = 60.0  # a run that was asked to stop saves within this time
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+OUT = Terminal(lambda _: None)  # the runs go on when nobody listens any more
 
 
 class Slot(NamedTuple):
@@ -52,6 +56,12 @@ class Worker:
     started: float
     asked_to_stop: float | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Of one that has ended: neither finished, nor stopped by us."""
+        stopped = self.asked_to_stop is not None
+        return self.process.returncode not in ((0, Stopped.exit_code) if stopped else (0,))
+
     def stop(self) -> None:
         """Ask the run to save and leave, and insist if it does not."""
         now = time.monotonic()
@@ -60,6 +70,12 @@ class Worker:
             self.process.terminate()
         elif now - self.asked_to_stop > KILL_AFTER_S:
             self.process.kill()
+
+    def end(self) -> None:
+        """The same, until it has left."""
+        while self.process.poll() is None:
+            self.stop()
+            time.sleep(POLL_S)
 
 
 def slots(device: str | None, workers: int | None) -> list[Slot]:
@@ -104,16 +120,22 @@ def run_study(
 
     Raises:
         DataError: A folder, or the record, holds a run of other options, and nothing was begun; or
-            a run ended in an error, and all others are done.
+            runs ended in an error, and all others are done (no student, if it was a teacher).
         Stopped: A signal, or the time, asked to stop; every run under way is saved.
+        StorageError: The record cannot be written.
+        UsageError: Another study is at work in the same folders.
     """
     on_gpu = places[0].device == "cuda"
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    done = on_record(study, configure, results)
-    students = student_jobs(study, configure, on_gpu, done)
-    teachers = teacher_jobs(job.config for job in students)
-    failed: list[str] = []
-    with stop_on_signal() as stop:
+    root = Path(configure(study.cells[0]).out_root)
+    print(
+        f"{study.name}, {study.budget}: runs in {root}, record in {results}", file=OUT, flush=True
+    )
+    with RunLock(root), RunLock(results), stop_on_signal() as stop:
+        done = on_record(study, configure, results)
+        students = student_jobs(study, configure, on_gpu, done)
+        teachers = teacher_jobs(job.config for job in students)
+        failed: list[str] = []
         try:
             failed += work_through(teachers, places, stop, until)
             if not failed:
@@ -121,7 +143,7 @@ def run_study(
         finally:
             runs = put_on_record(study, configure, results)
             total = len(study.cells) * len(study.seeds)
-            print(f"{study.name}, {study.budget}: {runs} of {total} runs on record in {results}")
+            print(f"{runs} of {total} runs on record", file=OUT, flush=True)
     if failed:
         raise DataError(f"{len(failed)} of the runs ended in an error: {'; '.join(failed)}")
 
@@ -185,28 +207,32 @@ def work_through(
     active: list[Worker] = []
     failed: list[str] = []
     times: list[float] = []
-    while waiting or active:
-        late = until is not None and time.monotonic() > until
-        if stop or late:
-            waiting.clear()
-            for worker in active:
-                worker.stop()
-        while waiting and free:
-            active.append(start(waiting.pop(0), free.pop(0)))
-        time.sleep(POLL_S)
-        for worker in ended(active):
-            free.append(worker.slot)
-            times.append(time.monotonic() - worker.started)
-            left = len(waiting) * statistics.fmean(times) / len(places)
-            code = worker.process.returncode
-            said = last_line(log_of(worker.job))
-            done = f"{len(jobs) - len(waiting) - len(active)}/{len(jobs)}"
-            print(f"{done} {worker.job.name}: {said} · {clock(left)} left", flush=True)
-            if code not in (0, Stopped.exit_code):
-                failed.append(f"{worker.job.name} (exit code {code}): {said}")
-        if (stop or late) and not active:
-            name = "the time is over" if late else f"stopped by {signal.Signals(stop.number).name}"
-            raise Stopped(f"{name}: the same command goes on from here")
+    try:
+        while waiting or active:
+            late = until is not None and time.monotonic() > until
+            if stop or late:
+                waiting.clear()
+                for worker in active:
+                    worker.stop()
+            while waiting and free:
+                active.append(start(waiting.pop(0), free.pop(0)))
+            time.sleep(POLL_S)
+            for worker in ended(active):
+                free.append(worker.slot)
+                times.append(time.monotonic() - worker.started)
+                left = clock(len(waiting) * statistics.fmean(times) / len(places))
+                count = f"{len(jobs) - len(waiting) - len(active)}/{len(jobs)}"
+                said = last_line(log_of(worker.job))
+                print(f"{count} {worker.job.name}: {said} · {left} left", file=OUT, flush=True)
+                if worker.failed:
+                    code = worker.process.returncode
+                    failed.append(f"{worker.job.name} (exit code {code}): {said}")
+            if (stop or late) and not active:
+                why = f"stopped by {stop.signal.name}" if stop.signal else "the time is over"
+                raise Stopped(f"{why}: the same command goes on from here")
+    finally:
+        for worker in active:  # an error of ours
+            worker.end()
     return failed
 
 
@@ -217,7 +243,7 @@ def start(job: Job, slot: Slot) -> Worker:
     write_json(file, to_dict(config))
     verb = "train-teacher" if config.role == "teacher" else "train"
     command = [sys.executable, "-m", f"{__package__}.cli", verb, "--config", str(file)]
-    with open(log_of(job), "ab") as log:
+    with open(log_of(job), "wb") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -225,8 +251,15 @@ def start(job: Job, slot: Slot) -> Worker:
             stderr=subprocess.STDOUT,
             env={**os.environ, **slot.environment},
             start_new_session=True,  # Ctrl-C reaches it through us alone, once
+            preexec_fn=_end_with_parent,
         )
     return Worker(job, slot, process, time.monotonic())
+
+
+def _end_with_parent() -> None:
+    """In a child: be asked to stop when the study's process is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ended(active: list[Worker]) -> Iterator[Worker]:

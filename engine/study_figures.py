@@ -62,13 +62,13 @@ def study_figures(results: StudyResults) -> dict[str, str]:
 
 
 def accuracy_figure(results: StudyResults) -> Figure:
-    """Each seed's student accuracy, with mean and interval of each cell; a panel a recipe."""
-    recipes = results.by_recipe()
-    rows = [len(cells) for cells in recipes.values()]
+    """Each seed's student accuracy, with mean and interval of each cell; a panel a group."""
+    groups = results.groups()
+    rows = [len(cells) for cells in groups.values()]
     figure = _new_figure(CELL_HEIGHT * sum(rows) + 0.75 * len(rows))
     panels = list(figure.subplots(len(rows), squeeze=False, height_ratios=rows).flat)
-    for axes, (recipe, cells) in zip(panels, recipes.items(), strict=True):
-        _draw_reference(axes, results, recipe)
+    for axes, (heading, cells) in zip(panels, groups.items(), strict=True):
+        _draw_reference(axes, results, cells)
         for y, cell in enumerate(cells):
             _draw_cell(axes, y, cell)
         axes.set_yticks(range(len(cells)), [f"{c.label}  (n = {c.n})" for c in cells])
@@ -76,19 +76,18 @@ def accuracy_figure(results: StudyResults) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.06)
         if len(rows) > 1:
-            axes.set_title(recipe, loc="left", fontsize=9.5, fontweight="bold")
+            axes.set_title(heading, loc="left", fontsize=9.5, fontweight="bold")
     panels[-1].set_xlabel("student, test top-1 after the last epoch (%)")
     references = [f"mean of {label}" for label in results.study.against]
     legend_above(figure, panels, ("each seed", "mean, 95 % interval", *references))
     return figure
 
 
-def _draw_reference(axes: Axes, results: StudyResults, recipe: str) -> None:
+def _draw_reference(axes: Axes, results: StudyResults, cells: list[CellResults]) -> None:
     """A line at the mean of the first cell that all others are compared with."""
-    for other, cells in results.comparisons(recipe)[:1]:
-        last = other.last
-        if last is not None and len(cells) == len(results.by_recipe()[recipe]) - 1:
-            axes.axvline(last.mean, color=GREY, lw=1, ls="--", label=f"mean of {other.label}")
+    for other, _ in results.comparisons(cells)[:1]:
+        if other.last is not None:
+            axes.axvline(other.last.mean, color=GREY, lw=1, ls="--", label=f"mean of {other.label}")
 
 
 def _draw_cell(axes: Axes, y: int, cell: CellResults) -> None:
@@ -107,32 +106,32 @@ def _draw_cell(axes: Axes, y: int, cell: CellResults) -> None:
 
 
 def curve_figure(results: StudyResults, column: str) -> Figure:
-    """A column of metrics.csv over the epochs: a line a cell, a panel a recipe."""
+    """A column of metrics.csv over the epochs: a line a cell, a panel a group."""
     from matplotlib.ticker import MaxNLocator
 
-    recipes = {r: shown for r, cells in results.by_recipe().items()
-               if (shown := [c for c in cells if c.curves[column]])}  # fmt: skip
+    groups = {h: shown for h, cells in results.groups().items()
+              if (shown := [c for c in cells if c.curves[column]])}  # fmt: skip
     labels = list(dict.fromkeys(cell.label for cell in results.cells))
-    columns = min(2, len(recipes))
-    rows = -(-len(recipes) // columns)
+    columns = min(2, len(groups))
+    rows = -(-len(groups) // columns)
     figure = _new_figure((PANEL_HEIGHT if columns == 1 else SMALL_PANEL_HEIGHT) * rows)
     grid = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
-    for axes in grid[len(recipes) :]:
+    for axes in grid[len(groups) :]:
         axes.remove()
-    panels = grid[: len(recipes)]
-    for i, (axes, (recipe, cells)) in enumerate(zip(panels, recipes.items(), strict=True)):
+    panels = grid[: len(groups)]
+    for i, (axes, (heading, cells)) in enumerate(zip(panels, groups.items(), strict=True)):
         for cell in cells:
             turn, color = divmod(labels.index(cell.label), len(COLORS))
             _draw_curve(axes, cell, cell.curves[column], COLORS[color], LINE_STYLES[turn % 4])
         axes.set_ylim(bottom=_bottom(cells, column))
         axes.xaxis.set_major_locator(MaxNLocator(8 // columns, integer=True))
-        if i + columns >= len(recipes):  # the lowest panel of its column
+        if i + columns >= len(groups):  # the lowest panel of its column
             axes.set_xlabel("epoch")
             axes.tick_params(labelbottom=True)
         if i % columns == 0:
             axes.set_ylabel(AXIS_NAMES.get(column, column))
-        if len(recipes) > 1:
-            axes.set_title(wrap(recipe, 44), loc="left", fontsize=9.5, fontweight="bold")
+        if len(groups) > 1:
+            axes.set_title(wrap(heading, 44), loc="left", fontsize=9.5, fontweight="bold")
     legend_above(figure, panels, labels)
     return figure
 

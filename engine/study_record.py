@@ -12,11 +12,12 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from .config import Configure, RunConfig, Study, from_dict, to_dict
@@ -24,6 +25,10 @@ from .errors import DataError, UsageError
 from .files import first_line, write_atomically
 from .resume import differences
 from .teacher import run_folder
+
+_FOLDERS = re.compile(
+    r"(?<![\w.:/])/(?=[^/\s])(?:[^/\s]+/)*"
+)  # of an absolute path, but for its last part
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,19 @@ class ArchivedRun:
         """(epochs completed, value) of a column of metrics.csv; empty where it does not apply."""
         rows = csv.DictReader(io.StringIO(self.metrics))
         return [(float(row["epoch"]), float(row[column])) for row in rows if row.get(column)]
+
+    @property
+    def teacher(self) -> tuple[str, str] | None:
+        """Name and hash of its weights.
+
+        Raises:
+            DataError: They are not there.
+        """
+        try:
+            teacher = json.loads(self.run)["teacher"]
+            return None if teacher is None else (str(teacher["name"]), str(teacher["sha256"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(f"an archived run.json is damaged: {first_line(error)}") from None
 
     def check(self, config: RunConfig, where: str) -> None:
         """Refuse what is kept of a run of other options.
@@ -142,7 +160,7 @@ class ArchivedRun:
 
 
 def put_on_record(study: Study, configure: Configure, results: Path) -> int:
-    """Add what is finished of a study to its record; returns how many of its runs are on it.
+    """Add what is finished of a study to its record; returns how many of its seeds' runs are on it.
 
     A run that is on record stays, whatever has become of its folder; done again, it is replaced.
 
@@ -161,6 +179,7 @@ def put_on_record(study: Study, configure: Configure, results: Path) -> int:
     others = [r for r in read_rows(table) if r.budget != study.budget] if table.is_file() else []
     kept: dict[str, ArchivedRun] = {}
     rows: list[StudyRow] = []
+    order = {(cell.recipe, cell.label, cell.arm): i for i, cell in enumerate(study.cells)}
     for cell in study.cells:
         config = study.config(cell, configure)
         of_cell = by_seed(before, config)
@@ -172,13 +191,14 @@ def put_on_record(study: Study, configure: Configure, results: Path) -> int:
             name = run_folder(dataclasses.replace(config, seed=seed)).name
             rows.append(run.row(study.budget, cell.label, study.command(cell, seed), name))
             kept[name] = run
-    rows.sort(key=lambda row: ([c.label for c in study.cells].index(row.cell), row.seed))
-    if not rows and not others:
+    rows.sort(key=lambda row: (order[row.recipe, row.cell, row.arm], row.seed))
+    if not kept and not others:
         return 0
-    if kept != before:
+    if kept != (read_archive(archive) if archive.is_file() else {}):
         write_atomically(archive, lambda path: _write_archive(path, kept))
-    write_atomically(table, lambda path: _write_rows(path, [*others, *rows]))
-    return len(rows)
+    if [*others, *rows] != (read_rows(table) if table.is_file() else []):
+        write_atomically(table, lambda path: _write_rows(path, [*others, *rows]))
+    return sum(row.seed in study.seeds for row in rows)
 
 
 def archive_of(study: Study, results: Path) -> Path:
@@ -189,17 +209,31 @@ def archive_of(study: Study, results: Path) -> Path:
 def on_record(study: Study, configure: Configure, results: Path) -> dict[str, ArchivedRun]:
     """What is kept of a study's runs, by the names of their folders.
 
+    A run that is kept of another study under this budget is this one's too.
+
     Raises:
-        DataError: The archive is damaged, or holds a run of other options than the study's.
+        DataError: An archive is damaged, or holds a run of other options than the study's, or the
+            study's own one a run of no cell.
     """
-    archive = archive_of(study, results)
-    kept = read_archive(archive) if archive.is_file() else {}
+    own = archive_of(study, results)
+    kept: dict[str, ArchivedRun] = {}
+    origin: dict[str, Path] = {}
+    for archive in (*sorted(own.parent.glob(f"*-{study.budget}.zip")), own):
+        runs = read_archive(archive) if archive.is_file() else {}
+        kept |= runs
+        origin |= dict.fromkeys(runs, archive)
+    found: dict[str, ArchivedRun] = {}
     for cell in study.cells:
         config = study.config(cell, configure)
         for seed, run in by_seed(kept, config).items():
-            own = dataclasses.replace(config, seed=seed)
-            run.check(own, f"{archive}: {run_folder(own).name}")
-    return kept
+            of_seed = dataclasses.replace(config, seed=seed)
+            name = run_folder(of_seed).name
+            run.check(of_seed, f"{origin[name]}: {name}")
+            found[name] = run
+    lost = sorted(name for name in kept.keys() - found.keys() if origin[name] == own)
+    if lost:
+        raise DataError(f"{own}: {lost[0]}: a run of no cell of the study: expected to be removed")
+    return found
 
 
 def by_seed(kept: Mapping[str, ArchivedRun], config: RunConfig) -> dict[int, ArchivedRun]:
@@ -224,37 +258,20 @@ def archived_run(config: RunConfig) -> ArchivedRun | None:
         metrics = (folder / "metrics.csv").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot be read: {first_line(error)}") from None
-    ended = datetime.fromtimestamp(done.stat().st_mtime, timezone.utc).timetuple()[:6]
-    kept = ArchivedRun(json.dumps(_without_paths(run, config), indent=1) + "\n", metrics, ended)
+    time = int(done.stat().st_mtime) // 2 * 2  # as exact as the archive has it
+    ended = datetime.fromtimestamp(time, timezone.utc).timetuple()[:6]
+    kept = ArchivedRun(json.dumps(_without_paths(run), indent=1) + "\n", metrics, ended)
     kept.check(config, str(folder))
     return kept
 
 
-def _without_paths(run: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    """A run.json that says nothing of where it ran."""
-
-    def inside(path: str | None) -> str | None:
-        """Relative to the runs' folder, or the last part alone."""
-        if path is None or (not PurePath(path).is_absolute() and ".." not in PurePath(path).parts):
-            return path
-        root = Path(config.out_root).resolve()
-        resolved = Path(path).resolve()
-        if resolved.is_relative_to(root):
-            return str(Path(root.name) / resolved.relative_to(root))
-        return resolved.name
-
-    own = run["config"]
-    own = {
-        **own,
-        "out": inside(own["out"]),
-        "out_root": inside(own["out_root"]),
-        "data": {**own["data"], "root": None},
-        "teacher": {**own["teacher"], "weights": inside(own["teacher"]["weights"])},
-    }
-    teacher = run["teacher"]
-    if teacher is not None:
-        teacher = {**teacher, "weights": inside(teacher["weights"])}
-    return {**run, "config": own, "teacher": teacher}
+def _without_paths(value: Any) -> Any:
+    """JSON data that says nothing of where it was made: of absolute paths the last part is left."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def read_archive(path: Path) -> dict[str, ArchivedRun]:

@@ -21,7 +21,8 @@ LEGEND = (
     "Test top-1 in percent over n seeds: the student's after the last epoch with its sample "
     "standard deviation, the mean of its best epochs (chosen on the test set), the prompt path's "
     "and the teacher's. *Above X*: the difference from X in points, seed by seed, with its 95 % t "
-    "interval and the number of pairs. Seconds: median of a run's training alone."
+    "interval and the number of pairs. The seeds are the student's: its teacher is the same. "
+    "Seconds: median of a run's training alone."
 )
 OPEN = "main"  # the study whose tables are not folded
 
@@ -165,12 +166,12 @@ def _record(results: StudyResults, base: Path) -> str:
 
 
 def _tables(results: StudyResults) -> Iterator[str]:
-    """One table a recipe, under its name where there are several."""
-    groups = results.by_recipe()
-    for recipe, cells in groups.items():
+    """One table a group, under its heading where there are several."""
+    groups = results.groups()
+    for heading, cells in groups.items():
         if len(groups) > 1:
-            yield f"`{recipe}`:"
-        yield _table(cells, results.comparisons(recipe))
+            yield f"`{heading}`:"
+        yield _table(cells, results.comparisons(cells))
 
 
 def _table(
@@ -217,19 +218,19 @@ def _difference(found: PairedDifference | None) -> str:
 
 def sentences(results: StudyResults) -> Iterator[str]:
     """What the comparisons of a study show, and what they leave open."""
-    groups = results.by_recipe()
+    groups = results.groups()
     intervals = 0
-    for recipe in groups:
+    for heading, cells in groups.items():
         lines: list[str] = []
         earlier: list[CellResults] = []
-        for other, compared in results.comparisons(recipe):
+        for other, compared in results.comparisons(cells):
             # An earlier one has been compared the other way round.
             pairs = [(c, difference(c, other)) for c in compared if c not in earlier]
             earlier.append(other)
             intervals += sum(found is not None and found.n > 1 for _, found in pairs)
             lines += _said_of(other, pairs)
         if lines and len(groups) > 1:
-            lines.insert(0, f"`{recipe}`:\n")
+            lines.insert(0, f"`{heading}`:\n")
         if lines:
             yield "\n".join(lines)
     if intervals > 1:
@@ -271,9 +272,9 @@ def _name(results: StudyResults) -> str:
 
 
 def _name_in(results: StudyResults, cell: CellResults) -> str:
-    """A cell's label, with its recipe where labels alone would not tell."""
+    """A cell's label, with its group where labels alone would not tell."""
     label = _plain(cell.label)
-    return f"{label} (`{cell.cell.recipe}`)" if len(results.by_recipe()) > 1 else label
+    return f"{label} (`{cell.cell.heading}`)" if len(results.groups()) > 1 else label
 
 
 def _alt(results: StudyResults, figure: Path) -> str:

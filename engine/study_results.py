@@ -63,23 +63,18 @@ class StudyResults:
     def rows(self) -> list[StudyRow]:
         return [row for cell in self.cells for row in cell.rows]
 
-    def by_recipe(self) -> dict[str, list[CellResults]]:
-        """The cells, in their order, by the pair of networks that they are about."""
+    def groups(self) -> dict[str, list[CellResults]]:
+        """The cells, in their order, by the heading of their table."""
         groups: dict[str, list[CellResults]] = {}
         for results in self.cells:
-            groups.setdefault(results.cell.recipe, []).append(results)
+            groups.setdefault(results.cell.heading, []).append(results)
         return groups
 
-    def comparisons(self, recipe: str) -> list[tuple[CellResults, list[CellResults]]]:
-        """Each cell of a recipe that others are compared with, and these, in the study's order."""
-        cells = self.by_recipe()[recipe]
+    def comparisons(self, cells: list[CellResults]) -> list[tuple[CellResults, list[CellResults]]]:
+        """Each cell of a group that others are compared with, and these, in the study's order."""
         by_label = {results.label: results for results in cells}
-        found = []
-        for other in (by_label[label] for label in self.study.against if label in by_label):
-            rest = [r for r in cells if r is not other]
-            alike = [r for r in rest if r.cell.arm is not None and r.cell.arm == other.cell.arm]
-            found.append((other, alike or rest))
-        return found
+        against = [by_label[label] for label in self.study.against if label in by_label]
+        return [(other, [r for r in cells if r is not other]) for other in against]
 
 
 def difference(cell: CellResults, other: CellResults) -> PairedDifference | None:
@@ -136,7 +131,9 @@ def _read_table(table: Path, make: Callable[[Budget], Study]) -> list[StudyResul
 
 def _refuse_doubled(table: Path, rows: Sequence[StudyRow]) -> None:
     runs = Counter(f"{row.budget}: {row.run}" for row in rows)
-    seeds = Counter(f"{row.budget}: {row.recipe}: {row.cell!r}, seed {row.seed}" for row in rows)
+    seeds = Counter(
+        f"{row.budget}: {row.recipe}: {row.cell!r}, arm {row.arm}, seed {row.seed}" for row in rows
+    )
     for what, count in (runs | seeds).items():
         if count > 1:
             raise DataError(f"{table}: {what}: {count} rows, expected one")
@@ -150,12 +147,14 @@ def _results(
     runs: Mapping[str, ArchivedRun],
 ) -> StudyResults:
     cells = [CellResults(cell, [], {c: [] for c in study.curves}) for cell in study.cells]
-    of = {(r.cell.recipe, r.label): r for r in cells}
+    of = {(r.cell.recipe, r.label, r.cell.arm): r for r in cells}
     for row in sorted(rows, key=lambda row: row.seed):
         where = f"{table}: {row.run}"
-        results = of.get((row.recipe, row.cell))
+        results = of.get((row.recipe, row.cell, row.arm))
         if results is None:
-            raise DataError(f"{where}: {study.name} has no cell {row.cell!r} of {row.recipe}")
+            raise DataError(
+                f"{where}: {study.name} has no cell {row.cell!r} of {row.recipe}, arm {row.arm}"
+            )
         if row.run not in runs:
             raise DataError(f"{where}: not among the archived runs in {archive}")
         _check_row(row, results.cell, study, runs[row.run], where)
@@ -167,6 +166,13 @@ def _results(
                 raise DataError(f"{archive}: {row.run}: {column}: {first_line(error)}") from None
             if values:
                 series.append(values)
+    weights = dict(run.teacher for run in runs.values() if run.teacher)
+    for name, run in runs.items():
+        if run.teacher and weights[run.teacher[0]] != run.teacher[1]:
+            raise DataError(
+                f"{archive}: {name}: another {run.teacher[0]} as teacher than other runs have: "
+                "expected one, as their differences would be the teachers'"
+            )
     for results in cells:
         if len({(row.epochs, row.train_images) for row in results.rows}) > 1:
             raise DataError(

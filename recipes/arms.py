@@ -30,6 +30,10 @@ def _teacher(name: str) -> Callable[[RunConfig], RunConfig]:
     )
 
 
+def _under(name: str) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: _same_total(_teacher(name)(config))
+
+
 def _same_total(config: RunConfig) -> RunConfig:
     loss = config.loss
     total = loss.student_teacher + loss.student_prompt
@@ -63,7 +67,7 @@ ARMS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "batch_statistics": _prompt(bn_mode="train"),
     "grouped_fusion": _prompt(r1=16, fusion_groups=8),
     "dense_fusion": _prompt(r1=4, fusion_groups=1),
-    # one convolution of 3x3 with the MACs of the three partial ones and their 1x1s (M34)
+    # one convolution of 3x3 with about the MACs of the three partial ones and their 1x1s (M34)
     "single_scale_matched": _prompt(kernels=(3,), r2=0.894),
     # some stages alone (M36, M43); of teachers with three
     **{f"stage_{i}": _prompt(insert_stages=(i,)) for i in (1, 2, 3)},
@@ -78,10 +82,13 @@ ARMS: dict[str, Callable[[RunConfig], RunConfig]] = {
     **{f"r2_{v:g}": _prompt(r2=v) for v in (0.125, 0.5, 1.0)},
     **{f"prompt_lr_{v:g}": _optim(prompt_lr_scale=v) for v in (0.1, 0.3, 3.0)},
     **{f"backbone_lr_{v:g}": _optim(backbone_lr_scale=v) for v in (0.001, 0.1, 1.0)},
-    # another teacher for the recipe's student (M39)
+    # another teacher for the recipe's student (M39), with --method kd under equal total weights too
     **{
-        f"teacher_{name}": _teacher(f"cifar:{name}")
+        f"{arm}_{name}": change(f"cifar:{name}")
         for depth in (14, 20, 32, 44, 56, 110)
         for name in (f"resnet{depth}", f"resnet{depth}_s2")
+        for arm, change in (("teacher", _teacher), ("same_total_teacher", _under))
     },
+    # DKD's warm-up in 40 epochs: as large a share as 20 are of 240
+    "short_warmup": _loss(warmup_epochs=3),
 }

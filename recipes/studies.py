@@ -64,6 +64,12 @@ def _anchors(budget: Budget) -> list[Cell]:
     ]  # fmt: skip
 
 
+def _widths(budget: Budget, *values: int) -> list[tuple[str, str]]:
+    """Arms of r1; the headline pair's teacher is wide enough for r1 = 4 to be the default's."""
+    there = [v for v in values if v != 4 or budget == "cpu"]
+    return [(f"r1 = {v}, no floor", f"r1_{v}") for v in there]
+
+
 def main(budget: Budget) -> Study:
     """Every method on the pairs of the usual tables (M21, M23, M28-M31)."""
     pairs = [SMALL]
@@ -76,7 +82,7 @@ def main(budget: Budget) -> Study:
         ("labels only", "ce", None),
         (KD, "kd", None),
         (KD_SAME, "kd", "same_total"),
-        ("DKD", "dkd", None),
+        ("DKD", "dkd", "short_warmup" if budget == "short" else None),
         ("DIST", "dist", None),
         (DFPT, "dfpt", None),
         (PLUS, "dfpt_plus", None),
@@ -109,7 +115,7 @@ def structure(budget: Budget) -> Study:
         budget, "dfpt",
         ("without fusion blocks", "no_fusion"), ("stage 1 alone", "stage_1"),
         ("stage 2 alone", "stage_2"), ("stage 3 alone", "stage_3"),
-        ("identity at the start", "identity_init"),
+        ("identity initialisation", "identity_init"),
     )  # fmt: skip
     return _study(
         "structure", budget, "Which parts of the prompt path does the gain need?",
@@ -124,7 +130,7 @@ def scales(budget: Budget) -> Study:
         ("one 3x3, r2 = 1", "single_scale"), ("one 3x3, equal MACs", "single_scale_matched"),
         ("kernels 1, 3, 5", "small_kernels"), ("parallel", "parallel"),
         *((f"r2 = {v}", f"r2_{v}") for v in ("0.125", "0.5", "1")),
-        *((f"r1 = {v}, no floor", f"r1_{v}") for v in (2, 4, 8, 16)),
+        *_widths(budget, 2, 4, 8, 16),
     )  # fmt: skip
     return _study(
         "scales", budget, "What shape must a prompt block have?", [*_anchors(budget), *cells]
@@ -156,28 +162,44 @@ def weights(budget: Budget) -> Study:
 
 
 def gap(budget: Budget) -> Study:
-    """One student under teachers of growing size (M39): KD against DFPT-KD."""
+    """One student under teachers of growing size (M39): KD, under both weights, and DFPT-KD."""
     suffix, recipe = ("_s2", SMALL) if budget == "cpu" else ("", "cifar100.resnet56_resnet20")
     depths = (14, 20, 32, 56) if budget == "cpu" else (32, 44, 56, 110)
-    cells = []
-    for depth in depths:
-        arm = f"teacher_resnet{depth}{suffix}"
-        cells += [
-            Cell(f"{label}, resnet{depth}{suffix}", recipe, method, arm)
-            for label, method in ((KD, "kd"), (DFPT, "dfpt"))
-        ]
+    kinds = (
+        (KD, "kd", "teacher"), (KD_SAME, "kd", "same_total_teacher"), (DFPT, "dfpt", "teacher")
+    )  # fmt: skip
+    names = [f"resnet{depth}{suffix}" for depth in depths]
+    cells = [
+        Cell(label, recipe, method, f"{arm}_{name}", group=f"teacher {name}")
+        for name in names
+        for label, method, arm in kinds
+    ]
     return _study(
-        "gap", budget, "Does DFPT-KD gain more over KD where the teacher is larger?", cells,
-        against=tuple(f"{KD}, resnet{depth}{suffix}" for depth in depths),
+        "gap", budget, "How do KD and DFPT-KD fare as the teacher grows?", cells,
+        against=(KD, KD_SAME),
     )  # fmt: skip
 
 
 def capacity(budget: Budget) -> Study:
     """The smallest prompt block that keeps the gain (M40): widths from C down to C/16."""
-    cells = _arms(budget, "dfpt", *((f"r1 = {v}, no floor", f"r1_{v}") for v in (1, 2, 4, 8, 16)))
+    cells = _arms(budget, "dfpt", *_widths(budget, 1, 2, 4, 8, 16))
     return _study(
         "capacity", budget, "How small may a prompt block be?", [*_anchors(budget), *cells],
         against=(DFPT, KD_SAME),
+    )  # fmt: skip
+
+
+def readings(budget: Budget) -> Study:
+    """What the sources leave open and no other study settles (M19, M23, M43)."""
+    cells = _arms(
+        budget, "dfpt",
+        ("without the last pair", "no_last_stage"), ("no norm in the prompt", "no_prompt_norm"),
+        ("BatchNorm in train mode", "batch_statistics"), ("reversed KL", "reverse_kl"),
+        ("alternating updates", "alternating"), ("KD's weights, halved", "kd_matched"),
+    )  # fmt: skip
+    return _study(
+        "readings", budget, "Which of our readings of the method matter?",
+        [*_anchors(budget), *cells],
     )  # fmt: skip
 
 
@@ -193,7 +215,7 @@ def combination(budget: Budget) -> Study:
 
 
 def quickstart(budget: Budget) -> Study:
-    """The runs of `make demo`, the same for every budget; they are found in its folder, `runs`."""
+    """The runs of `make demo`, the same for every budget; `--out-root runs` is its folder."""
     arms = (("labels only", "ce"), (KD, "kd"), (DFPT, "dfpt"), (PLUS, "dfpt_plus"))
     return Study(
         "quickstart", budget, "What does `make demo` show?",
@@ -206,6 +228,7 @@ def quickstart(budget: Budget) -> Study:
 STUDIES: dict[str, Callable[[Budget], Study]] = {
     study.__name__: study
     for study in (
-        main, bidirectional, structure, scales, weights, gap, capacity, combination, quickstart
+        main, bidirectional, structure, scales, weights, gap, capacity, readings, combination,
+        quickstart,
     )
 }  # fmt: skip

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from injectors import tiny_config
 
 from dfptkd.engine import study as study_module
 from dfptkd.engine.config import Cell, Study
-from dfptkd.engine.errors import DataError, Stopped
+from dfptkd.engine.errors import DataError, Stopped, UsageError
+from dfptkd.engine.lock import RunLock
 from dfptkd.engine.study import Slot, list_study, run_study, slots, student_jobs, teacher_jobs
 from dfptkd.engine.study_record import put_on_record, read_archive, read_rows
 from dfptkd.engine.train import run
@@ -40,12 +44,6 @@ def configured(root: Path, **changes):
 
 def run_all(root: Path, results: Path, study: Study = STUDY, **options) -> None:
     run_study(study, configured(root), ONE_THREAD, results=results, **options)
-
-
-def what_was_run(results: Path) -> list[tuple]:
-    """Of each row what a repetition must give again."""
-    rows = read_rows(results / "tiny_study.csv")
-    return [(r.cell, r.seed, r.last_top1, r.best_top1, r.teacher_top1, r.command) for r in rows]
 
 
 @pytest.fixture(scope="module")
@@ -109,29 +107,106 @@ def test_on_a_gpu_the_seeds_of_a_cell_are_one_job(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["signal", "minutes"])
-def test_a_study_that_was_stopped_goes_on_to_the_same_figures(done, tmp_path, monkeypatch, how):
-    """Whatever it is at: its runs save, and go on from there."""
-    shutil.copytree(
-        done / "runs/teacher-synthetic-cifar-resnet8_s2-seed0", tmp_path / "runs/teacher"
-    )
-    begun, timers = study_module.start, []
+LONG = replace(STUDY, cells=(Cell("labels only", "tiny", "ce"),), seeds=(0,), epochs=100)
 
-    def stop_soon(job, slot):
-        if not timers:  # a second signal would not wait for the runs
-            timers.append(threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)))
-            timers[0].start()
-        return begun(job, slot)
 
-    minutes = 0.0 if how == "minutes" else None
-    if how == "signal":
-        monkeypatch.setattr(study_module, "start", stop_soon)
-    with pytest.raises(Stopped, match="the same command goes on from here"):
-        run_all(tmp_path / "runs", tmp_path / "results", minutes=minutes)
-    rows = tmp_path / "results/tiny_study.csv"
-    assert not rows.is_file() or len(read_rows(rows)) < 4
-    run_all(tmp_path / "runs", tmp_path / "results")
-    assert what_was_run(tmp_path / "results") == what_was_run(done / "results")
+def when_it_trains(folder: Path, then) -> threading.Thread:
+    """Calls `then` once a run's status says that it has done some steps."""
+
+    def watch():
+        while True:
+            with suppress(OSError, ValueError):
+                if json.loads((folder / "status.json").read_text())["step"] >= 8:
+                    return then()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_study_that_was_asked_to_stop_goes_on_from_there(tmp_path):
+    run_folder = tmp_path / "runs/tiny-ce-seed0"
+    when_it_trains(run_folder, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped by SIGTERM: the same command goes on from here"):
+        run_all(tmp_path / "runs", tmp_path / "results", LONG)
+    status = json.loads((run_folder / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert 8 <= status["step"] < 400
+    assert not (tmp_path / "results").exists()
+    run_all(tmp_path / "runs", tmp_path / "results", LONG)
+    (row,) = read_rows(tmp_path / "results/tiny_study.csv")
+    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["kind"] == "stopped"] == [status["step"]]
+    metrics = (run_folder / "metrics.csv").read_text().splitlines()
+    assert (row.epochs, len(metrics)) == (100, 101)  # none missing, none twice
+
+
+def test_when_the_time_is_over_nothing_more_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "start", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(Stopped, match="the time is over"):
+        run_all(tmp_path / "runs", tmp_path / "results", minutes=0.0)
+
+
+def test_a_run_that_somebody_else_stopped_is_not_done(tmp_path):
+    def stop():
+        lock = json.loads((tmp_path / "runs/tiny-ce-seed0/.lock").read_text())
+        os.kill(lock["pid"], signal.SIGTERM)
+
+    when_it_trains(tmp_path / "runs/tiny-ce-seed0", stop)
+    with pytest.raises(DataError, match=r"tiny-ce-seed0 \(exit code 75\)"):
+        run_all(tmp_path / "runs", tmp_path / "results", LONG)
+
+
+def test_runs_end_saved_when_the_study_is_killed(tmp_path):
+    def killed(config):
+        root = Path(config.out_root)
+        when_it_trains(root / "tiny-ce-seed0", lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run_all(root, root.parent / "results", LONG)
+
+    config = configured(tmp_path / "runs")(LONG.cells[0])
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(config,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    status = {}
+    while status.get("state") != "stopped" and time.monotonic() < deadline:
+        status = json.loads((tmp_path / "runs/tiny-ce-seed0/status.json").read_text())
+        time.sleep(0.1)
+    assert status["state"] == "stopped"
+
+
+def test_an_error_of_the_study_leaves_no_run_behind(tmp_path, monkeypatch):
+    workers = []
+    begun = study_module.start
+
+    def start_and_remember(job, slot):
+        workers.append(begun(job, slot))
+        return workers[-1]
+
+    def fail(_):
+        raise OSError("no log")
+
+    monkeypatch.setattr(study_module, "start", start_and_remember)
+    monkeypatch.setattr(study_module, "last_line", fail)
+    two = replace(LONG, cells=(*LONG.cells, Cell("?", "unknown", "ce")))
+
+    def configure(cell):
+        config = configured(tmp_path / "runs")(cell)
+        student = "cifar:resnet9" if cell.label == "?" else config.student
+        return replace(config, recipe=cell.recipe, student=student)
+
+    with pytest.raises(OSError, match="no log"):
+        run_study(two, configure, ONE_THREAD, results=tmp_path / "results")
+    assert len(workers) == 2
+    assert all(worker.process.poll() is not None for worker in workers)
+
+
+@pytest.mark.parametrize("taken", ["runs", "results"])
+def test_two_studies_do_not_work_in_the_same_folder(tmp_path, taken):
+    with RunLock(tmp_path / taken), pytest.raises(UsageError, match=f"{taken}: in use by process"):
+        run_all(tmp_path / "runs", tmp_path / "results")
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(done, tmp_path):
@@ -164,7 +239,7 @@ def test_a_folder_with_a_run_of_other_options_is_refused_before_anything_runs(
         ),
     ):
         with pytest.raises(DataError, match=f"holds another run.*{said}"):
-            run_study(study, configure, ONE_THREAD, results=tmp_path)
+            run_study(study, configure, ONE_THREAD, results=tmp_path / "results")
     assert list(tmp_path.iterdir()) == []
 
 

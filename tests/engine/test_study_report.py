@@ -33,6 +33,7 @@ LAST = {
     MIXTURE: (60.5, 60.5, 63.0, 61.3),
     LABELS: (),
 }
+TEACHER = {"name": "cifar:resnet20_s2", "sha256": "ab", "weights": "t", "top1": 75.25}
 COLUMNS = ("epoch", "test/student_top1", "test/prompt_top1", "seconds")
 
 
@@ -63,7 +64,7 @@ def make_run(config: RunConfig, last: float) -> None:
                 "commit": "0123456789ab",
                 "hardware": {"device": "cpu", "cpu": "a CPU", "threads": 1},
                 "data": {"train_images": 5000},
-                "teacher": None if config.method == "ce" else {"weights": "t", "top1": 75.25},
+                "teacher": None if config.method == "ce" else TEACHER,
             }
         )
     )
@@ -139,7 +140,6 @@ def test_paired_difference_by_hand():
     found = PairedDifference.of({0: 61.0, 1: 62.1, 2: 63.4}, {2: 62.5, 1: 61.0, 0: 60.0, 9: 1.0})
     assert found.n == 3
     assert found.mean == pytest.approx(1.0)
-    assert found.std == pytest.approx(0.1)
     assert found.high - found.mean == pytest.approx(4.302653 * 0.1 / 3**0.5)
     assert found.mean - found.low == pytest.approx(half_width([1.0, 1.1, 0.9]))
     assert found.is_shown
@@ -147,7 +147,7 @@ def test_paired_difference_by_hand():
 
 def test_a_single_pair_has_no_interval_and_none_no_difference():
     found = PairedDifference.of({0: 61.0}, {0: 60.0, 1: 3.0})
-    assert (found.mean, found.n, found.low, found.high, found.std) == (1.0, 1, None, None, None)
+    assert (found.mean, found.n, found.low, found.high) == (1.0, 1, None, None)
     assert not found.is_shown
     assert PairedDifference.of({0: 61.0}, {1: 60.0}) is None
 
@@ -194,7 +194,8 @@ def test_a_changed_value_is_refused_by_name(table, column, value):
         results_of(table)
     message = str(error.value)
     assert "\n" not in message
-    assert re.search(rf"quickstart-dfpt-seed1: ({column}|command): .* in the table, ", message)
+    said = rf"({column}|command): .* in the table, |main has no cell .*, {column} {value}"
+    assert re.search(rf"quickstart-dfpt-seed1: ({said})", message)
 
 
 def test_rows_of_two_runs_that_change_places_are_refused(table):
@@ -237,7 +238,7 @@ def test_a_second_run_of_a_seed_is_refused(table):
 
     edit_archive(table, copy)
     edit(table, lambda rows: [*rows, {**rows[0], "run": "quickstart-kd-again-seed0"}])
-    with pytest.raises(DataError, match=r"'KD', seed 0: 2 rows"):
+    with pytest.raises(DataError, match=r"'KD', arm None, seed 0: 2 rows"):
         results_of(table)
 
 
@@ -276,12 +277,24 @@ def changed(study: Study, **changes):
     return {"main": lambda budget: replace(study, budget=budget, **changes)}
 
 
+def test_runs_under_different_teachers_are_refused(table):
+    """Their differences would be the teachers'."""
+
+    def exchange(texts):
+        name = "quickstart-dfpt-seed1/run.json"
+        texts[name] = texts[name].replace('"ab"', '"cd"')
+
+    edit_archive(table, exchange)
+    with pytest.raises(DataError, match=r"dfpt-seed1: another cifar:resnet20_s2 as teacher"):
+        results_of(table)
+
+
 def test_what_the_study_does_not_say_any_more_is_refused(table):
     study = make_study()
     with pytest.raises(DataError, match=r"main has no cell 'mixture' of quickstart"):
         results_of(table, studies=changed(study, cells=(KD, DFPT, LABELS)))
     other_arm = (KD, DFPT, replace(MIXTURE, arm="no_fusion"), LABELS)
-    with pytest.raises(DataError, match=r"command: .*mixture.* in the table, .*no_fusion"):
+    with pytest.raises(DataError, match=r"main has no cell 'mixture' of quickstart, arm mixture"):
         results_of(table, studies=changed(study, cells=other_arm))
     with pytest.raises(DataError, match=r"--epochs 9"):
         results_of(table, studies=changed(study, epochs=9))
@@ -300,7 +313,7 @@ def test_an_arm_that_the_run_has_not_is_refused_even_if_row_and_archive_agree(ta
                 row["command"] = study.command(cells[1], int(row["seed"]))
 
     edit(table, change)
-    with pytest.raises(DataError, match=r"arm: None in the table, 'no_fusion' by the study"):
+    with pytest.raises(DataError, match=r"main has no cell 'DFPT-KD' of quickstart, arm None"):
         results_of(table, studies=changed(study))
 
 
@@ -377,18 +390,21 @@ def test_two_references_are_compared_with_each_other_once(table):
     assert "The 3 intervals" in text
 
 
-def test_a_reference_that_shares_its_arm_is_compared_with_that_arm_alone(table):
+def test_cells_are_compared_within_their_group(table):
     (results,) = results_of(table)
-    arms = [replace(results.cells[i].cell, arm=arm) for i, arm in enumerate(("a", "a", "b", "b"))]
-    cells = [replace(r, cell=cell) for r, cell in zip(results.cells, arms, strict=True)]
-    study = replace(results.study, cells=tuple(arms), against=("KD", "mixture"))
-    results = replace(results, study=study, cells=cells)
-    found = results.comparisons("quickstart")
-    assert [(other.label, [c.label for c in compared]) for other, compared in found] == [
-        ("KD", ["DFPT-KD"]), ("mixture", ["labels only"]),
-    ]  # fmt: skip
+    names = ("a", "a", "b", "b")
+    cells = [replace(results.cells[i].cell, group=name) for i, name in enumerate(names)]
+    alike = [replace(r, cell=cell) for r, cell in zip(results.cells, cells, strict=True)]
+    study = replace(results.study, cells=tuple(cells), against=("KD", "mixture"))
+    results = replace(results, study=study, cells=alike)
+    found = {
+        heading: [(o.label, [c.label for c in cs]) for o, cs in results.comparisons(group)]
+        for heading, group in results.groups().items()
+    }
+    assert found == {"a": [("KD", ["DFPT-KD"])], "b": [("mixture", ["labels only"])]}
     text = markdown([results], {"main-cpu": [Path("a.svg")]}, Path())
     assert "intervals are not corrected" not in text  # there is one
+    assert text.count("`a`:") == 2  # its table, and what that shows
 
 
 def test_what_is_missing_is_said(table, tmp_path):

@@ -31,7 +31,9 @@ def labels(name, budget):
 def test_a_cell_differs_from_every_other_one(name, budget):
     study = STUDIES[name](budget)
     assert (study.name, study.budget) == (name, budget)
-    assert len({(cell.recipe, cell.label) for cell in study.cells}) == len(study.cells)
+    assert len({(cell.heading, cell.label) for cell in study.cells}) == len(study.cells)
+    rows = {(cell.recipe, cell.label, cell.arm) for cell in study.cells}
+    assert len(rows) == len(study.cells)  # what tells a row's cell
     configs = [to_dict(replace(configure(cell), arm=None)) for cell in study.cells]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
@@ -40,8 +42,8 @@ def test_a_cell_differs_from_every_other_one(name, budget):
 def test_every_cell_has_something_to_be_compared_with(name, budget):
     study = STUDIES[name](budget)
     assert study.against
-    for recipe in {cell.recipe for cell in study.cells}:
-        there = {cell.label for cell in study.cells if cell.recipe == recipe}
+    for heading in {cell.heading for cell in study.cells}:
+        there = {cell.label for cell in study.cells if cell.heading == heading}
         assert there & set(study.against)
     assert set(study.against) <= {cell.label for cell in study.cells}
 
@@ -77,6 +79,8 @@ def test_quickstart_is_what_make_demo_runs():
 def test_M28_the_main_table_has_every_method_and_both_controls_on_each_pair():
     study = STUDIES["main"]("full")
     methods = {(cell.method, cell.arm) for cell in study.cells}
+    short = {(cell.method, cell.arm) for cell in STUDIES["main"]("short").cells}
+    assert short - methods == {("dkd", "short_warmup")}  # 20 epochs of 240 are 3 of 40
     assert methods == {
         ("ce", None), ("kd", None), ("kd", "same_total"), ("dkd", None), ("dist", None),
         ("dfpt", None), ("dfpt_plus", None), ("dfpt", "mixture"),
@@ -97,7 +101,12 @@ def test_M33_supervision_by_the_student_from_none_to_twice():
 
 def test_M39_the_teachers_of_the_gap_grow_under_one_student():
     study = STUDIES["gap"]("full")
-    teachers = [configure(cell).teacher.name for cell in study.cells[::2]]
+    assert len(study.cells) == 12
+    for cell in study.cells:
+        assert f"cifar:{cell.group.removeprefix('teacher ')}" == configure(cell).teacher.name
+    same = configure(study.cells[1]).loss
+    assert (study.cells[1].label, same.kd_ce, same.kd_kl) == ("KD at equal total weights", 1, 2)
+    teachers = [configure(cell).teacher.name for cell in study.cells[::3]]
     assert teachers == [f"cifar:resnet{depth}" for depth in (32, 44, 56, 110)]
     assert {configure(cell).student for cell in study.cells} == {"cifar:resnet20"}
 
@@ -142,5 +151,5 @@ def test_the_command_lists_studies_and_runs(capsys, tmp_path):
     assert all(name in said for name in STUDIES)
     assert main(["study", "gap", "--budget", "cpu", "--list", "--out-root", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert said.count("0/8  ") == 8
+    assert said.count("0/8  ") == 12
     assert list(tmp_path.iterdir()) == []
