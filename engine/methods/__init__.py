@@ -8,6 +8,7 @@ from ..config import RunConfig
 from ..models.dual_path import DualPathTeacher
 from ..models.frozen import freeze
 from .base import FrozenTeacherMethod, Method, StepOutput
+from .combined import CombinedDistillation
 from .cross_entropy import CrossEntropy
 from .dfpt import DualPathDistillation, MixtureControl
 from .dist import StrongTeacherDistillation
@@ -46,4 +47,6 @@ def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | Non
         joint=config.step.joint_paths,
         at=config.teacher.stages,
     )
+    if config.loss.added:
+        return CombinedDistillation(student, dual, config.loss)
     return DualPathDistillation(student, dual, config.loss)

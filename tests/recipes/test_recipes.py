@@ -473,6 +473,8 @@ CHANGES = {
     "no_prompt_teacher": {"loss.prompt_teacher": 0.0},
     "reverse_kl": {"loss.reverse_kl": True},
     "alternating": {"loss.update": "alternating"},
+    "rkd": {"loss.rkd_distance": 25.0, "loss.rkd_angle": 50.0},
+    "decoupled": {"loss.decoupled": True},
     "no_fusion": {"prompt.fusion": False},
     "identity_init": {"prompt.init": "identity"},
     "parallel": {"prompt.arrangement": "parallel"},
@@ -493,6 +495,7 @@ REQUIRED = {
     ],
     "M43": ["parallel", "identity_init", "reverse_kl", "alternating"],
     "M45": ["grouped_fusion", "dense_fusion"],
+    "M49": ["rkd", "decoupled"],
 }  # fmt: skip
 
 
