@@ -687,7 +687,9 @@ def kept_bytes_of(step: TrainStep, batch: Batch) -> int:
     constants = [*step.method.parameters(), *step.method.buffers()]
     images = step.normalise(batch)
     with step.autocast(), step.plainly():
-        return kept_bytes(lambda: step.method(images, batch.labels), constants)
+        return kept_bytes(
+            lambda: step.method(images, batch.labels, 1.0, *step.samples(batch.indices)), constants
+        )
 
 
 def overhead(cost: TeacherCost, rows: list[Component]) -> list[Overhead]:

@@ -280,6 +280,6 @@ class MemoryModel:
 
         def forward() -> Tensor:
             with step.autocast():
-                return method(normalised, batch.labels).total
+                return method(normalised, batch.labels, 1.0, *step.samples(batch.indices)).total
 
         return kept_bytes(forward, [*method.parameters(), *method.buffers()])

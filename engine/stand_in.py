@@ -53,7 +53,7 @@ def build_step(
     teacher = None
     if config.method != "ce":
         teacher = create_model(config.teacher.name, num_classes=data.num_classes)
-    method = build_method(config, student, teacher)
+    method = build_method(config, student, teacher, data.train.labels)
     method.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     return TrainStep(
         method,

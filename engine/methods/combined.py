@@ -1,17 +1,18 @@
 """`dfpt` and `dfpt_plus` with terms of other methods in the student's objective (M49).
 
-    L_S' = L_S + rkd_distance L_D + rkd_angle L_A                          RKD, see rkd.py
+    L_S' = L_S + rkd_distance L_D + rkd_angle L_A + crd L_CRD              see rkd.py, crd.py
 
 and with `decoupled` each of the student's two KL terms becomes DKD's, see dkd.py:
 
     tau^2 KL(sg p || p_S)  ->  tau^2 [dkd_alpha KL(b || b_S) + dkd_beta KL(p^ || p^_S)]   p_T, p_P
 
-How the paper would combine them is not known to us. *Our reading*: RKD and its like learn from the
+How the paper would combine them is not known to us. *Our reading*: RKD and CRD learn from the
 prompt path's features, which are the knowledge that DFPT-KD makes for this student; those of the
 original path are what the method holds to be out of its reach. They are detached, so that L_S still
 gives the prompt path no gradient, and are what its head reads, pooled, after the last fusion block.
+CRD's embeddings, the supervisor's too, are trained beside the student, at its learning rate.
 The warm-up scales all of these terms. RKD relates the images of one part of a batch
-(`accumulate`) in one process.
+(`accumulate`) in one process; CRD's term does not depend on how a batch is cut.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import DualPathWeights
-from ..config import LossConfig
+from ..config import LossConfig, OptimConfig
 from ..errors import UsageError
 from ..models.dual_path import DualPathTeacher
 from ..models.parts import pooled
 from ..models.stages import Stages, split_stages
-from .base import Factor, StepOutput
+from .base import BankRows, Factor, Samples, StepOutput, below
+from .crd import Contrast
 from .dfpt import DualPathDistillation, path_weights
 from .dkd import decoupled_kl
 from .rkd import relational_terms
@@ -44,12 +46,22 @@ class CombinedDistillation(DualPathDistillation):
         student: A model that `split_stages` can cut, where features are asked for.
         teacher: As of `DualPathDistillation`.
         loss: At least one of its added terms is on.
+        labels: Of the training images, int64 [N]; for CRD.
+        seed: Of CRD's draws.
 
     Raises:
         UsageError: The student's features cannot be had.
+        DataError: All images are of one class, which CRD cannot contrast.
     """
 
-    def __init__(self, student: nn.Module, teacher: DualPathTeacher, loss: LossConfig) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: DualPathTeacher,
+        loss: LossConfig,
+        labels: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__(student, teacher, loss)
         self.term_names = (*self.term_names, *added_names(loss))
         self.takes_features = bool(set(loss.added) - {"decoupled"})
@@ -57,15 +69,27 @@ class CombinedDistillation(DualPathDistillation):
         whole = dict.fromkeys(SUPERVISORS, 0.0) if loss.decoupled else {}
         self.fused = dataclasses.replace(loss, **whole)  # type: ignore[arg-type]
         self._pieces: Stages | None = None
+        self.contrast: Contrast | None = None
         if self.takes_features:
-            _cut(student)
+            widths = _cut(student).width, teacher.width
+        if loss.crd:
+            if labels is None:
+                raise TypeError("loss.crd takes the labels of the training images")
+            self.contrast = Contrast(widths, labels, loss.crd_negatives, seed)
+        self.takes_samples = self.contrast is not None
 
     def compile_regions(self, **options: Any) -> None:
         super().compile_regions(**options)
         written = type(self).student_with_features.__get__(self)
         self.student_with_features = torch.compile(written, **options)  # type: ignore[method-assign]
 
-    def forward(self, images: Tensor, target: Tensor, distillation: Factor = 1.0) -> StepOutput:
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        distillation: Factor = 1.0,
+        samples: Samples | None = None,
+    ) -> StepOutput:
         if not self.takes_features:
             return super().forward(images, target, distillation)
         (teacher, prompt), knowledge = self.teacher.with_features(images)
@@ -74,7 +98,11 @@ class CombinedDistillation(DualPathDistillation):
         student, features = self.student_with_features(images)
         output = self.losses(student, prompt, teacher, target, distillation)
         with torch.autocast(images.device.type, enabled=False):  # relations in full precision
-            terms = self.feature_terms(features, knowledge.detach())
+            terms = self.relations(features, knowledge.detach())
+            if self.contrast is not None:
+                assert samples is not None
+                found = self.contrast(features, knowledge.detach(), target, samples)
+                terms["crd"], output.rows = found
         return self._with(output, terms, distillation)
 
     def student_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,18 +135,39 @@ class CombinedDistillation(DualPathDistillation):
     def weights(self, distillation: Factor) -> DualPathWeights | Tensor:
         return path_weights(self.fused, distillation)
 
-    def feature_terms(self, student: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
-        """The terms that are made of features, 0-d each, by name.
+    def relations(self, student: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
+        """RKD's terms that are on, 0-d each, by name.
 
         Args:
-            student: Its features [B, C].
+            student: Features [B, C].
             knowledge: Those of the prompt path [B, D], without a graph.
         """
-        terms: dict[str, Tensor] = {}
-        if self.loss.rkd_distance or self.loss.rkd_angle:
-            found = relational_terms(student, knowledge)
-            terms |= zip(("rkd_distance", "rkd_angle"), found, strict=True)
-        return {name: terms[name] for name in self.term_names if name in terms}
+        names = [name for name in ("rkd_distance", "rkd_angle") if getattr(self.loss, name)]
+        if not names:
+            return {}
+        distance, angle = relational_terms(student, knowledge)
+        terms = {"rkd_distance": distance, "rkd_angle": angle}
+        return {name: terms[name] for name in names}
+
+    def remember(self, rows: BankRows, passes: Tensor) -> None:
+        assert self.contrast is not None
+        self.contrast.remember(rows, passes)
+
+    def parameter_groups(self, optim: OptimConfig) -> list[dict]:
+        groups = super().parameter_groups(optim)
+        if self.contrast is not None:
+            params = list(self.contrast.parameters())
+            groups.append({"name": "embeddings", "params": params, "lr": optim.lr})
+        return groups
+
+    def trained_state(self) -> dict[str, Tensor]:
+        contrast = {} if self.contrast is None else self.contrast.state_dict()
+        return {**super().trained_state(), **{f"crd.{k}": v for k, v in contrast.items()}}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        super().load_trained_state(state)
+        if self.contrast is not None:
+            self.contrast.load_state_dict(below("crd.", state))
 
     def _with(
         self, output: StepOutput, terms: dict[str, Tensor], distillation: Factor

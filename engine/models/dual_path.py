@@ -115,7 +115,7 @@ class DualPathTeacher(nn.Module):
             raise UsageError(
                 f"prompt.insert_stages={tuple(inserted)}: expected stages of 1..{num_stages}"
             )
-        self.config = prompt
+        self.config, self.width = prompt, split.width
         trunk = Trunk(split)
         self.original = _frozen(split, fold_bn)
         self.head = self._new_head()

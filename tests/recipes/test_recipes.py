@@ -474,6 +474,7 @@ CHANGES = {
     "reverse_kl": {"loss.reverse_kl": True},
     "alternating": {"loss.update": "alternating"},
     "rkd": {"loss.rkd_distance": 25.0, "loss.rkd_angle": 50.0},
+    "crd": {"loss.crd": 0.8},
     "decoupled": {"loss.decoupled": True},
     "no_fusion": {"prompt.fusion": False},
     "identity_init": {"prompt.init": "identity"},
@@ -495,7 +496,7 @@ REQUIRED = {
     ],
     "M43": ["parallel", "identity_init", "reverse_kl", "alternating"],
     "M45": ["grouped_fusion", "dense_fusion"],
-    "M49": ["rkd", "decoupled"],
+    "M49": ["rkd", "crd", "decoupled"],
 }  # fmt: skip
 
 

@@ -255,7 +255,7 @@ def test_M49_rkd_is_made_in_full_precision_under_autocast():
     method = make_method(RKD).eval()
     images, target = make_batch(torch.float32)
     seen = {}
-    method.feature_terms = lambda *features: (
+    method.relations = lambda *features: (
         seen.update(dtypes={f.dtype for f in features}, autocast=torch.is_autocast_enabled("cpu"))
         or {}
     )
