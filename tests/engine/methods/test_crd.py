@@ -7,9 +7,15 @@ import pytest
 import torch
 from injectors import Kill, WholeSaves, differences, in_child, tiny_config, train, write_teacher
 
-from dfptkd.engine import train as train_module
 from dfptkd.engine.checkpoint import load_checkpoint
-from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, TeacherConfig
+from dfptkd.engine.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    StepConfig,
+    TeacherConfig,
+)
 from dfptkd.engine.data import load_data, train_batches
 from dfptkd.engine.errors import DataError
 from dfptkd.engine.methods import build_method
@@ -244,15 +250,28 @@ def test_M49_crd_is_a_term_that_trains_student_and_embeddings(name):
     plain = walk(make_step(LossConfig(prompt_student=0.0), method=name), 2)
     ours = walk(make_step(dataclasses.replace(CRD, prompt_student=0.0), method=name), 2)
     for key in plain:
-        assert torch.equal(plain[key], ours[key]) == (key.startswith("prompt.")), key
+        if "num_batches" not in key:
+            assert torch.equal(plain[key], ours[key]) == (key.startswith("prompt.")), key
 
 
 def test_M49_crd_does_not_depend_on_how_a_batch_is_cut():
-    whole, parts = (walk(make_step(eval_mode=True, accumulate=n)) for n in (1, 4))
-    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
-    control = walk(make_step(dataclasses.replace(CRD, crd=0.4), eval_mode=True))
+    """In fp64, where rounding flips no ReLU."""
+
+    def walk_in_fp64(loss=CRD, **changes):
+        torch.set_default_dtype(torch.float64)
+        try:
+            step = make_step(loss, eval_mode=True, **changes)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        normalise = step.normalise
+        step.normalise = lambda batch: normalise(batch).double()
+        return walk(step)
+
+    whole, parts = (walk_in_fp64(accumulate=n) for n in (1, 4))
+    torch.testing.assert_close(whole, parts, rtol=1e-10, atol=1e-12)
+    control = walk_in_fp64(dataclasses.replace(CRD, crd=0.79))
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(whole, control, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole, control, rtol=1e-6, atol=1e-8)
 
 
 def test_M49_crd_a_bad_step_leaves_everything():
@@ -298,10 +317,12 @@ def test_M49_crd_compiled_steps_follow_eager_ones(monkeypatch):
         ),
     )  # fmt: skip
     loss = dataclasses.replace(CRD, rkd_distance=25.0, rkd_angle=50.0, decoupled=True)
-    from dfptkd.engine.config import StepConfig
-
-    eager, compiled = (walk(make_step(loss, step=StepConfig(mode=m))) for m in ("eager", "compile"))
-    torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-4)
+    optim = OptimConfig(lr=1e-3)  # steps so small that rounding does not grow
+    eager, compiled = (
+        walk(make_step(loss, optim=optim, step=StepConfig(mode=mode)))
+        for mode in ("eager", "compile")
+    )
+    torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-5)
 
 
 def crd_config(out, **changes):
@@ -358,13 +379,14 @@ def test_M49_crd_each_of_several_seeds_has_the_bits_of_its_own_run(tmp_path):
 
 
 def test_M49_crd_is_state_of_its_own_runs_alone(tmp_path):
-    """A checkpoint with banks is none of a run without, and the other way round."""
+    """A checkpoint with banks is none of a run without them, and the other way round."""
     write_teacher(tmp_path)
-    with_banks = crd_config(tmp_path / "a", max_steps=2)
-    run(with_banks)
-    found = load_checkpoint(tmp_path / "a/checkpoints/step-2")
-    found.state["config"]["loss"] = dataclasses.asdict(LossConfig())
-    plain = tiny_config(tmp_path / "b", "dfpt", resume=str(tmp_path / "a/checkpoints/step-2"))
-    with pytest.raises(DataError, match=r"loss\.crd: 0\.8 there, 0\.0 here"):
-        run(plain)
-    assert train_module.METHOD_STATE == ("student.", "prompt.", "crd.")
+    configs = [make(tmp_path / "a") for make in (crd_config, lambda out: tiny_config(out, "dfpt"))]
+    for here, there in (configs, configs[::-1]):
+        here, there = (
+            dataclasses.replace(config, out=str(tmp_path / f"{config.loss.crd}"), max_steps=2)
+            for config in (here, there)
+        )
+        run(here)
+        with pytest.raises(DataError, match=rf"loss\.crd: {here.loss.crd} there"):
+            run(dataclasses.replace(there, resume=str(tmp_path / f"{here.loss.crd}")))
