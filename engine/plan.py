@@ -332,7 +332,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "parameters and momentum", size(memory.parameters + memory.momentum), ""
     if memory.average:
         yield "moving average", size(memory.average), ""
-    yield "frozen networks", size(memory.frozen), "folded weights, statistics"
+    held = "folded weights, statistics" + (", CRD's banks" if config.loss.crd else "")
+    yield "frozen networks", size(memory.frozen), held
     yield "data", size(memory.data), "resident images, test logits, batches decoded ahead"
     if memory.libraries:
         yield "libraries", size(memory.libraries), ""

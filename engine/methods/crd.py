@@ -15,8 +15,9 @@ theirs. Three things are ours: Z, which they estimate on the first batch, is the
 estimate, N exp(1 / (2 d T^2)), and so does not depend on how a batch is cut; the others are drawn
 with replacement, as a function of (seed, step, image); the 1e-7 that guards a quotient is gone.
 
-Memory: 2 N d fp32 for the banks and 2 B N for the products, as multiplying by a whole bank takes
-less traffic than gathering B K of its rows as long as N is under K d, 2 million.
+Memory: 2 N d fp32 for the banks; 2 B N for the products of a batch, which autograd keeps, and B N
+for the gradient of one. Multiplying by a whole bank takes less traffic than gathering B K of its
+rows as long as N is under K d, 2 million.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from .base import BankRows, Samples
 WIDTH = 128
 TEMPERATURE = 0.07
 MOMENTUM = 0.5
+SAVED_BYTES = 2 * 4 * WIDTH  # of a training image: its rows in the banks, part of a checkpoint
+PRODUCT_BYTES = 2 * 4  # of a training image and one of the batch
+IMAGE_BYTES = SAVED_BYTES + 8  # and its place in the order by class
 
 
 class Contrast(nn.Module):
