@@ -287,6 +287,12 @@ class LossConfig:
         names = ("decoupled", "rkd_distance", "rkd_angle", "crd")
         return tuple(name for name in names if getattr(self, name))
 
+    def of_any_method(self) -> LossConfig:
+        """Without what DFPT-KD alone has."""
+        return dataclasses.replace(
+            self, mixture_control=False, decoupled=False, rkd_distance=0.0, rkd_angle=0.0, crd=0.0
+        )
+
 
 @dataclass(frozen=True)
 class OptimConfig:

@@ -24,6 +24,7 @@ from dfptkd.engine.config import (
     to_dict,
 )
 from dfptkd.engine.errors import UsageError
+from dfptkd.engine.teacher import teacher_run
 
 CLASSES = (DataConfig, PromptConfig, TeacherConfig, LossConfig, OptimConfig, StepConfig, RunConfig)
 PREFIX = {
@@ -174,7 +175,9 @@ def test_M20_fields_that_contradict_each_other_are_refused():
         for other in ({"method": "kd"}, {"loss": dataclasses.replace(loss, mixture_control=True)}):
             with pytest.raises(UsageError, match=rf"loss\.{name} with method=.*prompt modules"):
                 RunConfig(**{"loss": loss, **other})
-        assert RunConfig(method="dfpt_plus", loss=loss).loss == loss
+        config = RunConfig(method="dfpt_plus", loss=loss)
+        assert config.loss == loss
+        assert loss.of_any_method() == teacher_run(config).loss == LossConfig()
         if name != "decoupled":
             with pytest.raises(UsageError, match=r"step\.joint_paths.*no loss\.rkd_distance"):
                 RunConfig(loss=loss, step=StepConfig(joint_paths=True))
