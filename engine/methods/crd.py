@@ -1,9 +1,9 @@
 """Contrastive representation distillation (Tian et al., ICLR 2020, arXiv 1910.10699), a term.
 
-Student and supervisor each have an embedding (a linear layer, then length 1) and a memory bank with
-the last embedding of every training image, a moving average of length 1. What one of them makes of
-an image must agree with what the other's bank has of the same image, and not with what it has of K
-images of other classes:
+Student and supervisor each have an embedding (a linear layer, then length 1) and a memory bank: a
+moving average, of length 1 too, of the embeddings of every training image. What one of them makes
+of an image must agree with what the other's bank has of the same image, and not with what it has of
+K images of other classes:
 
     s(x) = <v, bank[x]> / T - b,      b = log K + 1 / (2 d T^2)
     L    = mean over images of [softplus(-s(same)) + sum over the K others of softplus(s(other))]
@@ -66,6 +66,7 @@ class Contrast(nn.Module):
         bound = math.sqrt(3 / WIDTH)
         for name in ("student_bank", "supervisor_bank"):
             self.register_buffer(name, torch.empty(len(labels), WIDTH).uniform_(-bound, bound))
+        labels = labels.cpu()
         count = labels.bincount()
         if int(count.max()) == len(labels):
             raise DataError("loss.crd: expected training images of two classes at least")
