@@ -14,6 +14,7 @@ from dfptkd.engine.config import LossConfig, RunConfig, TeacherConfig, to_dict
 from dfptkd.engine.data.facts import data_facts
 from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
+from dfptkd.engine.methods.base import Samples
 from dfptkd.engine.methods.dfpt import MixtureControl
 from dfptkd.engine.models import create_model
 from dfptkd.engine.models.cost import teacher_cost
@@ -564,9 +565,11 @@ def test_arm_takes_a_step(arm):
     )
     torch.manual_seed(0)
     student = create_model(config.student, num_classes=10)
-    method = build_method(config, student, create_model(config.teacher.name, num_classes=10))
+    teacher, labels = create_model(config.teacher.name, num_classes=10), torch.arange(40) % 10
+    method = build_method(config, student, teacher, labels)
     assert isinstance(method, MixtureControl) is (arm == "mixture")
-    output = method.train()(torch.randn(4, 3, 32, 32), torch.arange(4))
+    samples = [1.0, Samples(torch.arange(4), torch.tensor(0))] if method.takes_samples else []
+    output = method.train()(torch.randn(4, 3, 32, 32), labels[:4], *samples)
     output.total.backward()
     assert output.total.isfinite()
     gradients = [p.grad for p in method.parameters() if p.requires_grad]
