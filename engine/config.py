@@ -8,6 +8,7 @@ could use is refused here, before any data is read.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -238,6 +239,18 @@ class LossConfig:
     """dist: weight of the inter-class (row) correlation."""
     dist_intra: float = 2.0
     """dist: weight of the intra-class (column) correlation."""
+    decoupled: bool = False
+    """dfpt, dfpt_plus: the student's two KL terms in DKD's parts, dkd_alpha times the target class
+    and dkd_beta times the others, in the place of the whole."""
+    rkd_distance: float = 0.0
+    """dfpt, dfpt_plus: weight of RKD's distances between images, as the prompt path has them to
+    the student (25 in mdistiller)."""
+    rkd_angle: float = 0.0
+    """dfpt, dfpt_plus: weight of RKD's angles of three images (50 in mdistiller)."""
+    crd: float = 0.0
+    """dfpt, dfpt_plus: weight of CRD's contrast of student and prompt path (0.8 as published)."""
+    crd_negatives: int = 16384
+    """crd: images of other classes that each image is contrasted with."""
     label_smoothing: float = 0.0
     """Label smoothing of every cross-entropy."""
     reverse_kl: bool = False
@@ -255,11 +268,30 @@ class LossConfig:
         _require(self.warmup_epochs >= 0, "loss.warmup_epochs", self.warmup_epochs, "0 or more")
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, (int, float)):  # bools are 0 or 1 and pass
-                _require(value >= 0, f"loss.{name}", value, "0 or more")
+                _require(0 <= value < math.inf, f"loss.{name}", value, "0 or more, and finite")
+        _require(self.crd_negatives >= 1, "loss.crd_negatives", self.crd_negatives, "at least 1")
         _require(
             not self.mixture_control or self.prompt_teacher + self.prompt_student > 0,
             "loss.mixture_control", True, "prompt_teacher or prompt_student above 0",
         )  # fmt: skip
+        _require(
+            not (self.decoupled and self.reverse_kl),
+            "loss.decoupled with loss.reverse_kl", True,
+            "one of them: DKD's parts are those of KL(supervisor || learner)",
+        )  # fmt: skip
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Options that are on and add to DFPT-KD's objective, or change it, with another method's
+        terms (M49)."""
+        names = ("decoupled", "rkd_distance", "rkd_angle", "crd")
+        return tuple(name for name in names if getattr(self, name))
+
+    def of_any_method(self) -> LossConfig:
+        """Without what DFPT-KD alone has."""
+        return dataclasses.replace(
+            self, mixture_control=False, decoupled=False, rkd_distance=0.0, rkd_angle=0.0, crd=0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -470,6 +502,12 @@ class RunConfig:
                 self.method,
                 "method 'dfpt'",
             )
+        for name in self.loss.added:
+            _require(
+                self.has_prompt_path,
+                f"loss.{name} with method", self.method,
+                "method 'dfpt' or 'dfpt_plus', with prompt modules",
+            )  # fmt: skip
         if self.loss.update == "alternating":
             # Its kernel takes no group without gradients, and every other step rests one.
             _require(
@@ -482,6 +520,10 @@ class RunConfig:
             _require(
                 self.method == "dfpt" and self.has_prompt_path and self.prompt.bn_mode != "train",
                 "step.joint_paths", True, "method 'dfpt' with a backbone in eval mode",
+            )  # fmt: skip
+            _require(
+                not set(self.loss.added) - {"decoupled"},
+                "step.joint_paths", True, "no loss.rkd_distance, loss.rkd_angle or loss.crd",
             )  # fmt: skip
 
     @property

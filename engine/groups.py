@@ -36,7 +36,8 @@ _HOUSEKEEPING = frozenset(
 _DFPT = ("dfpt", "dfpt_plus")
 _READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss.kd_", ("kd",)),
-    ("loss.dkd_", ("dkd",)),
+    ("loss.dkd_ce", ("dkd",)),
+    ("loss.dkd_", ("dkd", *_DFPT)),  # loss.decoupled
     ("loss.dist_", ("dist",)),
     ("loss.tau", ("kd", "dkd", "dist", *_DFPT)),
     ("loss.warmup_epochs", ("kd", "dkd", "dist", *_DFPT)),

@@ -271,6 +271,8 @@ def _notes(
             f"memory: {size(memory.peak)} without the reserve of the allocator, which {ALLOCATOR} "
             "in the environment avoids, at 2.6 times the time of a step where we measured it"
         )
+    if config.loss.crd:
+        yield "not counted in the FLOP of a step: CRD's products with its banks"
     if config.method != "ce" and config.teacher.weights is None and find_teacher(config) is None:
         yield f"not counted: the teacher's own training (dfptkd train-teacher {config.recipe})"
 
@@ -332,7 +334,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "parameters and momentum", size(memory.parameters + memory.momentum), ""
     if memory.average:
         yield "moving average", size(memory.average), ""
-    yield "frozen networks", size(memory.frozen), "folded weights, statistics"
+    held = "folded weights, statistics" + (", CRD's banks" if config.loss.crd else "")
+    yield "frozen networks", size(memory.frozen), held
     yield "data", size(memory.data), "resident images, test logits, batches decoded ahead"
     if memory.libraries:
         yield "libraries", size(memory.libraries), ""

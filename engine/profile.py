@@ -332,7 +332,7 @@ def of_method(config: RunConfig, method: str) -> RunConfig:
     """The same run by another method."""
     if method == config.method:
         return config
-    loss = replace(config.loss, mixture_control=False)
+    loss = config.loss.of_any_method()
     step = replace(config.step, joint_paths=False)
     return replace(config, method=method, loss=loss, step=step)  # type: ignore[arg-type]
 
@@ -378,6 +378,10 @@ def make_setting(config: RunConfig, device: torch.device, rounds: int) -> tuple[
     notes = []
     kind = "JPEG decoding is no part of it" if config.data.name in SOURCES else "nothing is read"
     notes.append(f"data: random images that lie on the device, {kind}; the weights are random")
+    if config.loss.added:
+        names = ", ".join(f"loss.{name}" for name in config.loss.added)
+        notes.append(f"without {names}: the components are those of the plain method")
+        config = replace(config, loss=config.loss.of_any_method())
     wanted = config.global_batch
     batch = wanted if device.type == "cuda" else affordable_batch(config, device, rounds)
     if batch != wanted:

@@ -115,7 +115,8 @@ def differences(then: dict[str, Any], config: RunConfig, exact: Collection[str] 
         config: The run's.
         exact: Options that must be equal although a run that goes on may change them.
     """
-    before, now = flat(then), flat(to_dict(config))
+    # An option that is younger than the other run: what its default does was done before, too.
+    before, now = flat(to_dict(RunConfig())) | flat(then), flat(to_dict(config))
     return [
         f"{key}: {before.get(key)} there, {now.get(key)} here"
         for key in sorted(before.keys() | now.keys())

@@ -22,6 +22,7 @@ from .config import RunConfig, StepConfig
 from .data import SOURCES, Batch
 from .data.facts import DataFacts
 from .memory import Growth, kept_bytes, measure_growth, storage_bytes
+from .methods.crd import IMAGE_BYTES, PRODUCT_BYTES, SAVED_BYTES
 from .metrics import normaliser, path_divergence
 from .models.parts import eval_mode
 from .probe import Built
@@ -44,7 +45,7 @@ class Memory:
     average: int
     """Moving average of the student."""
     frozen: int
-    """Folded weights, statistics."""
+    """Folded weights, statistics, CRD's banks."""
     data: int
     """Resident images, batches decoded ahead, the teacher's test logits."""
     libraries: int
@@ -119,6 +120,8 @@ class MemoryModel:
         self.config, self.facts, self.built = config, facts, built
         self.device = built.step.device
         self.parts = config.accumulate
+        absent = facts.train_images - len(built.data.train)
+        self.absent = max(absent, 0) if config.loss.crd else 0  # images of which CRD holds more
         self.traced_parts = built.step.config.accumulate
         self.step = self._trace_step()
         self.forward = self._trace_forward()
@@ -132,10 +135,12 @@ class MemoryModel:
         """The need at a batch of so many images."""
         part = batch / self.parts
         beyond = (batch - part * self.traced_parts) * self._image_bytes()
+        products = part * self.absent * PRODUCT_BYTES
+        beyond += 1.5 * products  # the gradient of half of them on top
         fixed = dict(self.fixed, data=self.fixed["data"] + self._decoded(batch))
         return Memory(
             **fixed,
-            kept=round(self.kept_fixed + self.kept_slope * part),
+            kept=round(self.kept_fixed + self.kept_slope * part + products),
             step=self.step.peak(part * self.traced_parts) + round(beyond),
             evaluation=self._evaluation(),
             reserve_share=RESERVE_SHARE if self.device.type == "cpu" else 0.0,
@@ -176,7 +181,7 @@ class MemoryModel:
             "gradients": trained,
             "momentum": storage_bytes(momentum, self.device),
             "average": storage_bytes(average, self.device),
-            "frozen": storage_bytes(everything, self.device) - trained,
+            "frozen": storage_bytes(everything, self.device) - trained + self.absent * IMAGE_BYTES,
             "data": self._resident() + self._logits() * (self.config.method != "ce"),
             "libraries": LIBRARY_BYTES if on_cpu else beside,
             # Copies of the tensors, and the bytes of the file.
@@ -190,7 +195,9 @@ class MemoryModel:
         step = self.built.step
         average = [] if step.ema is None else list(step.ema.state_dict().values())
         state = step.method.trained_state().values()
-        return [*state, *optimizer_tensors(step.optimizer).values(), *average, step.meter.sums]
+        more = torch.empty(self.absent, SAVED_BYTES, dtype=torch.uint8, device="meta")
+        optimizer = optimizer_tensors(step.optimizer).values()
+        return [*state, *optimizer, *average, step.meter.sums, more]
 
     def _resident(self) -> int:
         facts = self.facts
@@ -280,6 +287,6 @@ class MemoryModel:
 
         def forward() -> Tensor:
             with step.autocast():
-                return method(normalised, batch.labels).total
+                return method(normalised, batch.labels, 1.0, *step.samples(batch.indices)).total
 
         return kept_bytes(forward, [*method.parameters(), *method.buffers()])

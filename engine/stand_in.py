@@ -26,6 +26,8 @@ def stand_in(config: RunConfig, facts: DataFacts) -> RunConfig:
         num_classes=facts.num_classes,
         crop_padding=facts.crop_padding if padding is None else padding,
         flip=config.data.flip,
+        # CRD holds something of each; of more than there are here, `run_memory` adds it.
+        train_limit=max(facts.train_images, config.global_batch) if config.loss.crd else None,
     )
     teacher = dataclasses.replace(config.teacher, weights=None)
     return dataclasses.replace(config, data=data, teacher=teacher, student_weights=None)
@@ -53,7 +55,7 @@ def build_step(
     teacher = None
     if config.method != "ce":
         teacher = create_model(config.teacher.name, num_classes=data.num_classes)
-    method = build_method(config, student, teacher)
+    method = build_method(config, student, teacher, data.train.labels)
     method.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     return TrainStep(
         method,

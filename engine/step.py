@@ -31,6 +31,7 @@ from .errors import UsageError
 from .files import first_line
 from .guards import Certificate, certify
 from .methods import Method, StepOutput
+from .methods.base import BankRows, Samples
 from .metrics import EpochMeter, normaliser
 from .models.parts import Remembered
 from .optim import (
@@ -217,7 +218,7 @@ class TrainStep:
     Args:
         method: Student, teacher and losses, on the device.
         config: The run.
-        data: For mean and standard deviation.
+        data: For mean and standard deviation, and the number of images.
         total_steps: Length of the schedule.
         steps_per_epoch: For warm-ups, which are given in epochs.
         device: Where the method lives.
@@ -239,6 +240,7 @@ class TrainStep:
         world: World = SINGLE,
     ) -> None:
         self.method, self.config, self.device, self.world = method, config, device, world
+        self.data = data
         self.mode, self.mode_reason = choose_mode(config, device, world.size)
         self.precision = compute_precision(config, device)
         self.optimizer = build_optimizer(method, config.optim, config.global_batch)
@@ -339,7 +341,8 @@ class TrainStep:
         try:
             with torch.random.fork_rng(cuda), self.autocast(), self.loss_backend():
                 images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
-                self.method(images, labels, self.distillation).total.backward()
+                samples = self._sample_parts(batch)[0]
+                self.method(images, labels, self.distillation, *samples).total.backward()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -365,11 +368,11 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         before = self.gate.remember()
         outputs: list[tuple[StepOutput, int]] = []
-        parts = list(zip(images, self._label_parts(batch), strict=True))
-        for i, (part, labels) in enumerate(parts, start=1):
-            with accumulating(self.replicas, is_last=i == len(parts)):
+        parts = zip(images, self._label_parts(batch), self._sample_parts(batch), strict=True)
+        for i, (part, labels, samples) in enumerate(parts, start=1):
+            with accumulating(self.replicas, is_last=i == len(images)):
                 with span("forward"), self.autocast(), self.loss_backend():
-                    output = self.replicas(part, labels, self.distillation)
+                    output = self.replicas(part, labels, self.distillation, *samples)
                 with span("backward"):
                     share = len(labels) / len(batch.labels)
                     self.scaler.scale(output.total * share).backward()
@@ -378,6 +381,9 @@ class TrainStep:
             passes = self._update(outputs, step)
         with span("gate"):
             self.gate.settle(passes, before)
+        if self.method.takes_samples:
+            with span("memory"):
+                self.method.remember(self._rows([output for output, _ in outputs]), passes)
         if self.ema is not None:
             with span("EMA"):
                 update_ema(self.ema, self.method.student, self.config.optim.ema_decay, passes)
@@ -391,6 +397,22 @@ class TrainStep:
 
     def _label_parts(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch.labels.chunk(self.config.accumulate)
+
+    def samples(self, indices: Tensor) -> tuple[Samples, ...]:
+        """What the method takes beside images and labels: often nothing."""
+        if not self.method.takes_samples:
+            return ()
+        return (Samples(indices, self.gate.counts[SkipCounts._fields.index("seen")]),)
+
+    def _sample_parts(self, batch: Batch) -> tuple[tuple[Samples, ...], ...]:
+        return tuple(self.samples(part) for part in batch.indices.chunk(self.config.accumulate))
+
+    def _rows(self, outputs: list[StepOutput]) -> BankRows:
+        """What all parts, in all processes, are to be remembered by."""
+        found = [output.rows for output in outputs if output.rows is not None]
+        whole = (torch.cat(parts) for parts in zip(*found, strict=True))
+        images = min(self.config.global_batch, len(self.data.train))
+        return BankRows(*(self.world.all_rows(part, images) for part in whole))
 
     def _update(self, outputs: list[tuple[StepOutput, int]], step: int) -> Tensor:
         """Move the parameters, if the step passes; returns whether it does, 0-d bool."""
@@ -411,13 +433,14 @@ class TrainStep:
         return passes
 
     def _rest(self, step: int) -> None:
-        """Alternating update: on even steps only the student moves, on odd steps all the others.
+        """Alternating update: on even steps the student moves, with the embeddings of its features,
+        on odd steps all the others.
 
         A parameter without gradient is left alone by the optimiser, momentum and weight decay
         included.
         """
         for group in self.optimizer.param_groups:
-            if (group["name"] == "student") != (step % 2 == 0):
+            if (group["name"] in ("student", "embeddings")) != (step % 2 == 0):
                 for param in group["params"]:
                     param.grad = None
 
@@ -472,9 +495,12 @@ class TrainStep:
         before = self.gate.remember()
         with self.autocast(), self.loss_backend(), self.plainly():
             outputs = [
-                self.method(images, labels, 1.0)
-                for images, labels in zip(
-                    self._image_parts(batch), self._label_parts(batch), strict=True
+                self.method(images, labels, 1.0, *samples)
+                for images, labels, samples in zip(
+                    self._image_parts(batch),
+                    self._label_parts(batch),
+                    self._sample_parts(batch),
+                    strict=True,
                 )
             ]
         self.gate.settle(torch.zeros_like(self.gate.is_open), before)

@@ -37,7 +37,7 @@ def teacher_run(config: RunConfig) -> RunConfig:
         out=None,
         resume="auto",
         data=dataclasses.replace(config.data, train_limit=None),
-        loss=dataclasses.replace(config.loss, mixture_control=False),
+        loss=config.loss.of_any_method(),
         optim=dataclasses.replace(config.optim, lr=teacher.lr, lr_batch=lr_batch),
     )
 

@@ -60,6 +60,7 @@ from .watchdog import Watchdog
 STEP_GRACE_S = 5.0
 # Steps in which fp16 may look for its scale before an epoch that counts nothing is a failure.
 SCALE_SEARCH_STEPS = 32
+METHOD_STATE = ("student.", "prompt.", "crd.")  # how names of what a method trains begin
 GLANCE_STEPS = 16  # between two looks at how many were skipped
 
 
@@ -221,7 +222,7 @@ def prepare(
             "expected_top1": config.teacher.expected_top1,
         }
         check_same_teacher(teacher_record, world)
-    method = build_method(config, student, teacher)
+    method = build_method(config, student, teacher, data.train.labels)
     record = run_record(config, data, student, cost, teacher_record, device, world)
     record["warnings"] += said
     if config.step.sync_bn and world.size > 1:
@@ -930,7 +931,7 @@ class Trainer:
             DataError: The checkpoint is another model's or another optimiser's.
         """
         tensors, step = checkpoint.tensors, self.step
-        own = {k: v for k, v in tensors.items() if k.startswith(("student.", "prompt."))}
+        own = {k: v for k, v in tensors.items() if k.startswith(METHOD_STATE)}
         try:
             self.method.load_trained_state(own)
         except RuntimeError as error:

@@ -57,6 +57,10 @@ ARMS: dict[str, Callable[[RunConfig], RunConfig]] = {
     # objective and order (M19, M43)
     "reverse_kl": _loss(reverse_kl=True),
     "alternating": _loss(update="alternating"),
+    # with terms of other methods, under their published weights (M49)
+    "rkd": _loss(rkd_distance=25.0, rkd_angle=50.0),
+    "crd": _loss(crd=0.8),
+    "decoupled": _loss(decoupled=True),
     # structure (M35, M43, M44)
     "no_fusion": _prompt(fusion=False),
     "identity_init": _prompt(init="identity"),

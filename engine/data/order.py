@@ -40,6 +40,7 @@ class Stream(IntEnum):
     SYNTHETIC_PIXELS = 6
     SYNTHETIC_COLOUR = 7
     REPLACEMENT = 8
+    NEGATIVE = 9
 
 
 def hash_bits(seed: int, epoch: int, ids: Tensor, stream: int) -> Tensor:
@@ -68,8 +69,9 @@ def uniforms(bits: Tensor) -> Tensor:
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-def integers(bits: Tensor, below: int) -> Tensor:
-    """Hashed bits as int64 in [0, below); `below` under 2**31, the bias is under below / 2**31."""
+def integers(bits: Tensor, below: int | Tensor) -> Tensor:
+    """Hashed bits as int64 in [0, below); `below` under 2**31, the bias is under below / 2**31;
+    a tensor of several bounds is broadcast."""
     return (((bits >> 33) & ((1 << 31) - 1)) * below) >> 31
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..models.dual_path import DualPathTeacher
 from ..models.frozen import freeze
 from .base import FrozenTeacherMethod, Method, StepOutput
+from .combined import CombinedDistillation
 from .cross_entropy import CrossEntropy
 from .dfpt import DualPathDistillation, MixtureControl
 from .dist import StrongTeacherDistillation
@@ -23,11 +24,17 @@ _FROZEN_TEACHER: dict[str, type[FrozenTeacherMethod]] = {
 }
 
 
-def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | None) -> Method:
+def build_method(
+    config: RunConfig,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    labels: Tensor | None = None,
+) -> Method:
     """The method that `config` names, around a student and (but for `ce`) a pre-trained teacher.
 
     The student must exist before this call: prompt modules draw from the random stream after it,
-    so that a student starts from the same weights under every method.
+    and embeddings after those, so that a student starts from the same weights under every method.
+    `labels`, int64 [N] of the training images, are for `loss.crd`, which keeps something of each.
     """
     if config.method == "ce":
         return CrossEntropy(student, config.loss)
@@ -46,4 +53,6 @@ def build_method(config: RunConfig, student: nn.Module, teacher: nn.Module | Non
         joint=config.step.joint_paths,
         at=config.teacher.stages,
     )
+    if config.loss.added:
+        return CombinedDistillation(student, dual, config.loss, labels, config.seed)
     return DualPathDistillation(student, dual, config.loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,26 @@ from ..config import LossConfig, OptimConfig
 from ..models.parts import Remembered
 
 Factor = float | Tensor
+
+
+class Samples(NamedTuple):
+    """Which images a batch is made of, for a method that keeps something of each."""
+
+    indices: Tensor
+    """int64 [B], numbers within the training split."""
+    step: Tensor
+    """0-d int64, on the device: number of the step."""
+
+
+class BankRows(NamedTuple):
+    """What a method is to keep of images, once the step has passed."""
+
+    indices: Tensor
+    """int64 [B], numbers within the training split."""
+    student: Tensor
+    """[B, d], without a graph."""
+    supervisor: Tensor
+    """[B, d], without a graph."""
 
 
 @dataclass
@@ -26,6 +46,8 @@ class StepOutput:
     """0-d int64."""
     prompt_correct: Tensor | None = None
     """0-d int64; None without a prompt path."""
+    rows: BankRows | None = None
+    """Of a method that takes samples."""
 
 
 class Method(nn.Module):
@@ -34,11 +56,13 @@ class Method(nn.Module):
     A method is called with normalised images [B, 3, H, W], labels int64 [B] and `distillation`,
     the factor in [0, 1] by which the warm-up scales every term that is no label cross-entropy: a
     number, or a 0-d tensor on the device where compiled code or a CUDA graph must not depend on it.
+    One that `takes_samples` is called with `Samples` too, and told afterwards what to `remember`.
     """
 
     term_names: tuple[str, ...] = ()
     operation: str | None = None
     """The fused loss that the method calls, if one."""
+    takes_samples = False
 
     def __init__(self, student: nn.Module, loss: LossConfig) -> None:
         super().__init__()
@@ -48,6 +72,10 @@ class Method(nn.Module):
     def forward(self, images: Tensor, target: Tensor, distillation: Factor = 1.0) -> StepOutput:
         """One forward pass of every network and all loss terms."""
         return self.losses(*self.all_logits(images), target, distillation)
+
+    def remember(self, rows: BankRows, passes: Tensor) -> None:
+        """Keep the `rows` of a step, of all parts and processes, if it passes (0-d bool)."""
+        raise NotImplementedError
 
     def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits [B, C] of every network, in the order that `losses` takes them."""

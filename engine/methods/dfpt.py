@@ -95,7 +95,7 @@ class DualPathDistillation(Method):
             teacher,
             target,
             tau=self.loss.tau,
-            weights=path_weights(self.loss, distillation),
+            weights=self.weights(distillation),
             label_smoothing=self.loss.label_smoothing,
             reverse_kl=self.loss.reverse_kl,
         )
@@ -105,6 +105,10 @@ class DualPathDistillation(Method):
             result.student_correct,
             result.prompt_correct,
         )
+
+    def weights(self, distillation: Factor) -> DualPathWeights | Tensor:
+        """Of the fused terms, as `path_weights`."""
+        return path_weights(self.loss, distillation)
 
     def prompt_logits(self, images: Tensor) -> Tensor:
         return self.teacher.prompt_path(images)

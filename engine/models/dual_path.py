@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..errors import UsageError
 from .frozen import freeze
-from .parts import Remembered
+from .parts import Remembered, pooled
 from .prompt import PromptFusion
 from .stages import Stages, split_stages
 
@@ -115,7 +115,7 @@ class DualPathTeacher(nn.Module):
             raise UsageError(
                 f"prompt.insert_stages={tuple(inserted)}: expected stages of 1..{num_stages}"
             )
-        self.config = prompt
+        self.config, self.width = prompt, split.width
         trunk = Trunk(split)
         self.original = _frozen(split, fold_bn)
         self.head = self._new_head()
@@ -240,20 +240,36 @@ class DualPathTeacher(nn.Module):
             shared = self.original.start(images, self.shared_stages)
         return self.continue_from(shared)
 
+    def with_features(self, images: Tensor) -> tuple[DualPathOutput, Tensor]:
+        """As `forward`, but never joint; and the prompt path's features [B, C]: see `pooled`."""
+        original = self.original if self.original_once is None else self.original_once
+        with torch.no_grad():
+            shared, teacher_logits = original(images)
+        prompt_logits, features = self.continue_with_features(shared)
+        return DualPathOutput(teacher_logits, prompt_logits), features
+
     def continue_from(self, x: Tensor) -> Tensor:
         """The prompt path from the output of the shared stages on (of none: the images)."""
+        return self.head(self._to_the_head(x))
+
+    def continue_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `continue_from`: logits, and pooled features."""
+        x = self._to_the_head(x)
+        return self.head(x), pooled(x)
+
+    def _to_the_head(self, x: Tensor) -> Tensor:
         trunk = self.copied if self.copied is not None else self.original
         for i, stage in enumerate(trunk.stages, start=1):
             if i > self.shared_stages:
                 x = stage(x)
             if i in self.inserted:
                 x = self.pairs[f"stage{i}"](x)
-        return self.head(trunk.neck(x))
+        return trunk.neck(x)
 
     def compile_paths(self, **options: Any) -> None:
         """Compile each path as one region; `options` as of `torch.compile`."""
         self.original.compile(**options)
-        for name in ("both_paths", "continue_from"):
+        for name in ("both_paths", "continue_from", "continue_with_features"):
             written = getattr(type(self), name).__get__(self)  # not what was compiled before
             setattr(self, name, torch.compile(written, **options))
 

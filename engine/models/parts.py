@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ...kernels.dual_path_loss import upcast
+
 
 class Parts(NamedTuple):
     """Pieces whose chain head(neck(stages(x))) is the forward pass, sharing the model's modules."""
@@ -33,6 +35,16 @@ class StagedModel(nn.Module):
 def pooled_head(pool: nn.Module, linear: nn.Module) -> nn.Sequential:
     """The usual head: [B, C, H, W] -> [B, C] -> [B, num_classes]."""
     return nn.Sequential(pool, nn.Flatten(1), linear)
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Features [B, C] of what a head reads: the mean over positions of maps [B, C, H, W] or tokens
+    [B, T, C]; in fp32 at least.
+
+    Of a `pooled_head` that pools by the mean these are the inputs of its linear layer.
+    """
+    x = upcast(x)
+    return x.mean(dim=(2, 3)) if x.dim() == 4 else x.mean(dim=1) if x.dim() == 3 else x
 
 
 def init_convolutions(model: nn.Module) -> None:

@@ -34,6 +34,8 @@ class Stages:
     """Channels of each stage output: [B, C, H, W], or tokens [B, T, C]."""
     post_relu: list[bool]
     """For each stage: its output is non-negative by construction."""
+    width: int
+    """Features that the head reads: channels of the neck's output."""
 
 
 def split_stages(model: nn.Module, at: Iterable[str] | None = None) -> Stages:
@@ -52,8 +54,8 @@ def split_stages(model: nn.Module, at: Iterable[str] | None = None) -> Stages:
             an in-place operation that overwrites a stage output.
     """
     parts = cut_after(model, tuple(at)) if at is not None else _known_parts(model)
-    channels = _probe_channels(model, parts)
-    return Stages(list(parts.stages), parts.neck, parts.head, channels, parts.post_relu)
+    *channels, width = _probe_channels(model, parts)
+    return Stages(list(parts.stages), parts.neck, parts.head, channels, parts.post_relu, width)
 
 
 def _known_parts(model: nn.Module) -> Parts:
@@ -80,7 +82,10 @@ def _probe_channels(model: nn.Module, parts: Parts) -> list[int]:
 
 
 def _channels_at(model: nn.Module, parts: Parts, size: int) -> list[int]:
-    """Runs all pieces on the meta device, where nothing is computed and nothing can change."""
+    """Channels of each stage output and of the neck's.
+
+    Runs all pieces on the meta device, where nothing is computed and nothing can change.
+    """
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     values = [torch.empty(2, 3, size, size, dtype=dtype, device="meta")]
     versions = []
@@ -95,7 +100,8 @@ def _channels_at(model: nn.Module, parts: Parts, size: int) -> list[int]:
             raise UsageError(
                 f"{type(model).__name__} overwrites {what} in place: end the stage after that"
             )
-    return [_channels(values[i], i) for i in range(1, count + 1)]
+    width = values[count + 1].shape[2 if values[count + 1].dim() == 3 else 1]
+    return [*(_channels(values[i], i) for i in range(1, count + 1)), width]
 
 
 def _run_on_meta(piece: nn.Module, x: Tensor) -> Tensor:

@@ -16,19 +16,22 @@ from safetensors.torch import save_file
 
 from dfptkd.engine import train as train_module
 from dfptkd.engine.cli import main
-from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, StepConfig
+from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, StepConfig
 from dfptkd.engine.data import load_data, train_batches
 from dfptkd.engine.distributed import SINGLE, World
 from dfptkd.engine.errors import DataError
 from dfptkd.engine.methods import build_method
+from dfptkd.engine.methods.base import Samples
 from dfptkd.engine.metrics import Evaluator
 from dfptkd.engine.models import create_model
 from dfptkd.engine.step import TrainStep
 
 CPU = torch.device("cpu")
 STEPS = 10
+CONTRAST_STEPS = 3  # before any ReLU flips by rounding alone
 METHODS = ("kd", "dfpt", "dfpt_plus")
 DATA_CONFIG = DataConfig(name="synthetic", num_classes=10, image_size=16, limit=101)
+CONTRAST = LossConfig(crd=0.8, crd_negatives=20)
 OPTIM = OptimConfig(lr=1e-3, schedule="constant", weight_decay=0.01, ema_decay=0.5)
 
 
@@ -56,9 +59,11 @@ def make_step(method, world=SINGLE, *, eval_mode=False, optim=OPTIM, **run):
     for network in (student, teacher):
         if network is not None:
             take_statistics(network)
-    made = build_method(config, student, teacher)
+    made = build_method(config, student, teacher, step_data().train.labels)
     if eval_mode:
-        take_statistics(made, torch.zeros(32, dtype=torch.int64))
+        labels = torch.zeros(32, dtype=torch.int64)
+        samples = [1.0, Samples(torch.arange(32), labels[0])] if made.takes_samples else []
+        take_statistics(made, labels, *samples)
     made.train(not eval_mode)
     return TrainStep(
         made, config, step_data(), total_steps=100, steps_per_epoch=8, device=CPU, world=world
@@ -88,7 +93,7 @@ def figures(step):
 
 def whole_state(step):
     """Everything that a step may write, by name."""
-    found = dict(step.method.trained_state())
+    found = dict(step.method.trained_state())  # the banks of CRD among it
     momentum = [s["momentum_buffer"] for s in step.optimizer.state.values()]
     found |= {f"momentum.{i}": buffer for i, buffer in enumerate(momentum)}
     found |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
@@ -118,6 +123,17 @@ def steps(world):
     return found
 
 
+def contrast(world):
+    """The walk with CRD, whole and in accumulated parts, and its banks."""
+    found = {}
+    for accumulate in (1, 2):
+        step = make_step("dfpt", world, eval_mode=True, accumulate=accumulate, loss=CONTRAST)
+        train(step, world.shard, CONTRAST_STEPS)
+        state = {**figures(step), **dict(step.method.contrast.named_buffers())}
+        found |= {f"{accumulate}.{k}": v for k, v in state.items()}
+    return found
+
+
 def gate(world):
     """A loss that is not finite in rank 1 alone, its gradients finite or not."""
     found = {}
@@ -125,12 +141,14 @@ def gate(world):
         for part in ("images", "loss"):
             for first in (True, False):
                 found[f"{method} {part} {first}"] = _bad_step(world, method, part, first)
+    for part in ("images", "loss"):
+        found[f"crd {part}"] = _bad_step(world, "dfpt", part, False, loss=CONTRAST)
     found["control"] = _bad_step(world, "ce", "loss", False, agree=False)
     return found
 
 
-def _bad_step(world, method, part, first, agree=True):
-    step = make_step(method, world)
+def _bad_step(world, method, part, first, agree=True, **run):
+    step = make_step(method, world, **run)
     good, bad, after = batches(world.shard)[:3]
     if not first:
         step(good, 0)
@@ -245,7 +263,9 @@ def hang(world):
     return None
 
 
-SCENARIOS = {f.__name__: f for f in (steps, gate, compiled, evaluation, failure, numbers, hang)}
+SCENARIOS = {
+    f.__name__: f for f in (steps, contrast, gate, compiled, evaluation, failure, numbers, hang)
+}
 
 
 def run_scenarios(names, out):

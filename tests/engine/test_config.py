@@ -24,6 +24,7 @@ from dfptkd.engine.config import (
     to_dict,
 )
 from dfptkd.engine.errors import UsageError
+from dfptkd.engine.teacher import teacher_run
 
 CLASSES = (DataConfig, PromptConfig, TeacherConfig, LossConfig, OptimConfig, StepConfig, RunConfig)
 PREFIX = {
@@ -43,7 +44,7 @@ SHARE = (-0.1, 1.0, NAN)
 WEIGHTS = (
     "student_ce", "student_teacher", "student_prompt", "prompt_ce", "prompt_teacher",
     "prompt_student", "kd_ce", "kd_kl", "dkd_ce", "dkd_alpha", "dkd_beta", "dist_ce", "dist_inter",
-    "dist_intra",
+    "dist_intra", "rkd_distance", "rkd_angle", "crd",
 )  # fmt: skip
 # Class -> field -> values that no run could use
 REFUSED = {
@@ -78,7 +79,8 @@ REFUSED = {
     },
     LossConfig: {
         "tau": POSITIVE,
-        **dict.fromkeys(WEIGHTS, (*NOT_NEGATIVE, -1)),
+        **dict.fromkeys(WEIGHTS, (*NOT_NEGATIVE, -1, float("inf"))),
+        "crd_negatives": AT_LEAST_ONE,
         "warmup_epochs": NOT_NEGATIVE,
         "label_smoothing": SHARE,
     },
@@ -165,6 +167,20 @@ def test_M20_fields_that_contradict_each_other_are_refused():
         LossConfig(mixture_control=True, prompt_teacher=0.0, prompt_student=0.0)
     with pytest.raises(UsageError, match=r"loss\.mixture_control.*'kd'.*'dfpt'"):
         RunConfig(method="kd", loss=LossConfig(mixture_control=True))
+    with pytest.raises(UsageError, match=r"loss\.decoupled with loss\.reverse_kl.*one of them"):
+        LossConfig(decoupled=True, reverse_kl=True)
+    for name in ("decoupled", "rkd_distance", "rkd_angle", "crd"):
+        loss = LossConfig(**{name: 1})
+        assert loss.added == (name,)
+        for other in ({"method": "kd"}, {"loss": dataclasses.replace(loss, mixture_control=True)}):
+            with pytest.raises(UsageError, match=rf"loss\.{name} with method=.*prompt modules"):
+                RunConfig(**{"loss": loss, **other})
+        config = RunConfig(method="dfpt_plus", loss=loss)
+        assert config.loss == loss
+        assert loss.of_any_method() == teacher_run(config).loss == LossConfig()
+        if name != "decoupled":
+            with pytest.raises(UsageError, match=r"step\.joint_paths.*no loss\.rkd_distance"):
+                RunConfig(loss=loss, step=StepConfig(joint_paths=True))
     joint = StepConfig(joint_paths=True)
     for method in ("kd", "dfpt_plus"):
         with pytest.raises(UsageError, match=r"step\.joint_paths.*'dfpt'"):

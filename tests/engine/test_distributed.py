@@ -85,7 +85,7 @@ def torchrun(*args: str, options: str = "", size: int = 2, harm: str | None = No
 def two(tmp_path_factory):
     """What two ranks have found: scenario -> [rank 0, rank 1]."""
     out = tmp_path_factory.mktemp("two")
-    start_processes(2, ["steps,gate,compiled,evaluation,failure,numbers", str(out)])
+    start_processes(2, ["steps,contrast,gate,compiled,evaluation,failure,numbers", str(out)])
     found = {}
     for path in sorted(out.iterdir()):
         value = load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
@@ -132,10 +132,34 @@ def test_two_ranks_take_the_steps_of_one_process(two, method, accumulate):
     assert gap(walk(shard=(0, 2))[0], alone) > 1000 * rounding
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_M49_two_ranks_remember_what_one_process_does(two, accumulate):
+    """The term reads other images of all ranks; measured as above, the banks too."""
+
+    def walk(change=lambda batch: batch, shard=(0, 1)):
+        step = worker.make_step("dfpt", eval_mode=True, accumulate=accumulate, loss=worker.CONTRAST)
+        worker.train(step, shard, worker.CONTRAST_STEPS, change)
+        return {**worker.figures(step), **dict(step.method.contrast.named_buffers())}
+
+    alone = walk()
+    rounding = gap(walk(reversed_rows), alone)
+    assert 0 < rounding < 1e-4
+    prefix = f"{accumulate}."
+    ranks = [
+        {k.removeprefix(prefix): v for k, v in rank.items() if k.startswith(prefix)}
+        for rank in two["contrast"]
+    ]
+    for rank in ranks:
+        assert rank.keys() == alone.keys()
+        assert gap(rank, alone) < 20 * rounding
+    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in alone)
+    assert gap(walk(shard=(0, 2)), alone) > 1000 * rounding
+
+
 def test_a_step_that_is_bad_in_one_rank_changes_nothing_in_any(two):
     ranks = two["gate"]
     controls = [rank.pop("control") for rank in ranks]
-    assert len(ranks[0]) == 12
+    assert len(ranks[0]) == 14
     for name, found in ranks[0].items():
         assert (found["unchanged"], found["skipped"], found["goes on"]) == (True, 1, True), name
         assert found == ranks[1][name]  # the walks and the statistics are one

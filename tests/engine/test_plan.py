@@ -13,7 +13,7 @@ from PIL import Image
 
 from dfptkd.engine import plan as planning
 from dfptkd.engine.cli import main, parse_run
-from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
+from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, TeacherConfig
 from dfptkd.engine.data.facts import DataFacts, data_facts
 from dfptkd.engine.errors import DataError
 from dfptkd.engine.memory import measure_growth
@@ -133,6 +133,46 @@ def test_memory_grows_by_what_is_named():
     assert plain.parameters == plain.momentum == plain.gradients == trained
     assert memory_of(replace(SMALL, optim=OptimConfig(momentum=0))).momentum == 0
     assert memory_of(replace(SMALL, method="dfpt_plus")).parameters > plain.parameters
+
+
+CRD = replace(SMALL, loss=LossConfig(crd=0.8, crd_negatives=100))
+
+
+def test_M49_memory_of_crds_banks():
+    """Of each training image two rows of 128 and a place; of those beyond the stand-in's, too."""
+    model, plain = model_of(CRD), memory_of(SMALL)
+    assert len(model.built.data.train) == 64
+    width = 1024 + 8
+    own = model.at(32)
+    assert own.frozen - plain.frozen == pytest.approx(64 * width, abs=200)  # and first, count
+    embeddings = 2 * (64 * 128 + 128) * 4
+    assert own.saving - plain.saving == pytest.approx(2 * (64 * 1024 + 2 * embeddings), abs=100)
+    facts = replace(data_facts(SMALL.data), train_images=50_064)
+    large = MemoryModel(CRD, facts, model.built)
+    more = large.at(32)
+    assert more.frozen - own.frozen == 50_000 * width
+    assert more.saving - own.saving == 2 * 50_000 * 1024
+    assert more.step - own.step == 32 * 50_000 * 12
+    assert more.kept - own.kept == 32 * 50_000 * 8
+
+
+@pytest.mark.parametrize("images", [64, 40_000])
+def test_M49_a_step_with_crd_holds_what_was_foretold(images):
+    """Traced at all of the images, and out of a stand-in that has fewer."""
+    config = replace(CRD, data=replace(SMALL.data, limit=images))
+    facts = data_facts(config.data)
+    model = model_of(config)
+    few = MemoryModel(config, facts, model_of(CRD).built)
+    step = build(stand_in(config, facts), CPU).step
+
+    def call(count: int) -> None:
+        step(step.data.train.batch(torch.arange(count), seed=0, epoch=0), 0)
+        step.optimizer.zero_grad(set_to_none=True)
+
+    traced = measure_growth(call, (31, 32), CPU).peak(32)
+    assert model.at(32).step == pytest.approx(traced, rel=0.02)
+    assert few.at(32).step == pytest.approx(traced, rel=0.05)
+    assert few.at(32).kept == pytest.approx(model.at(32).kept, rel=0.02)
 
 
 def test_memory_of_a_batch():

@@ -358,6 +358,16 @@ def test_on_a_cpu_the_batch_shrinks_until_the_budget_holds(second_per_image, exp
     assert profiling.with_batch(config, 4).accumulate == 4
 
 
+def test_M49_terms_of_other_methods_are_left_out_and_said_so(monkeypatch):
+    monkeypatch.setattr(profiling, "affordable_batch", lambda config, device, rounds: 4)
+    for loss in (LossConfig(crd=0.8, rkd_angle=50.0), LossConfig(decoupled=True)):
+        setting, notes = profiling.make_setting(config_of(loss=loss), CPU, rounds=2)
+        assert setting.config.loss == LossConfig()
+        assert any(all(f"loss.{name}" in note for name in loss.added) for note in notes)
+        for method in METHODS:
+            assert profiling.of_method(config_of(loss=loss), method).method == method
+
+
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory) -> tuple[profiling.Profile, dict]:
     """A whole profile of a tiny pair, with a trace; roofs are not measured."""

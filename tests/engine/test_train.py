@@ -31,6 +31,7 @@ from dfptkd.engine.config import (
 from dfptkd.engine.errors import DataError, NumericError, Stopped, UsageError
 from dfptkd.engine.evaluate import evaluate_checkpoint
 from dfptkd.engine.models import create_model
+from dfptkd.engine.resume import check_same_run
 from dfptkd.engine.teacher import find_teacher, teacher_run
 from dfptkd.engine.train import run, run_seeds
 
@@ -134,10 +135,10 @@ def test_M15_the_student_and_the_data_order_are_equal_under_every_method(root, m
 def test_M8_M13_a_run_leaves_the_teacher_as_it_was(root, monkeypatch):
     made = {}
 
-    def remember(config, student, teacher):
+    def remember(config, student, teacher, labels):
         made["before"] = {k: v.clone() for k, v in teacher.state_dict().items()}
         made["teacher"] = teacher
-        return train_module_build(config, student, teacher)
+        return train_module_build(config, student, teacher, labels)
 
     train_module_build = train_module.build_method
     monkeypatch.setattr(train_module, "build_method", remember)
@@ -232,6 +233,21 @@ def test_max_steps_stops_evaluates_saves_and_can_go_on(root, tmp_path):
     again = run(replace(config, max_steps=2))
     assert again.last == result.last
     assert run(config).step == 6
+
+
+def test_a_run_from_before_an_option_goes_on_under_its_default(root, tmp_path):
+    """And under no other value: the option's default is what was done before there was one."""
+    config = make_config(root, out=str(tmp_path / "a"), max_steps=1)
+    run(config)
+    found = load_checkpoint(tmp_path / "a" / "checkpoints" / "step-1")
+    for option in ("crd", "decoupled"):
+        del found.state["config"]["loss"][option]
+    check_same_run(config, found)
+    with pytest.raises(DataError, match=r"loss\.crd: 0\.0 there, 0\.8 here"):
+        check_same_run(replace(config, loss=replace(config.loss, crd=0.8)), found)
+    found.state["config"]["loss"]["stranger"] = 1
+    with pytest.raises(DataError, match=r"loss\.stranger: 1 there, None here"):
+        check_same_run(config, found)
 
 
 def test_a_finished_run_is_left_alone(root, tmp_path):

@@ -14,6 +14,7 @@ from dfptkd.engine.config import LossConfig, RunConfig, TeacherConfig, to_dict
 from dfptkd.engine.data.facts import data_facts
 from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
+from dfptkd.engine.methods.base import Samples
 from dfptkd.engine.methods.dfpt import MixtureControl
 from dfptkd.engine.models import create_model
 from dfptkd.engine.models.cost import teacher_cost
@@ -482,6 +483,9 @@ CHANGES = {
     "no_prompt_teacher": {"loss.prompt_teacher": 0.0},
     "reverse_kl": {"loss.reverse_kl": True},
     "alternating": {"loss.update": "alternating"},
+    "rkd": {"loss.rkd_distance": 25.0, "loss.rkd_angle": 50.0},
+    "crd": {"loss.crd": 0.8},
+    "decoupled": {"loss.decoupled": True},
     "no_fusion": {"prompt.fusion": False},
     "identity_init": {"prompt.init": "identity"},
     "parallel": {"prompt.arrangement": "parallel"},
@@ -502,6 +506,7 @@ REQUIRED = {
     ],
     "M43": ["parallel", "identity_init", "reverse_kl", "alternating"],
     "M45": ["grouped_fusion", "dense_fusion"],
+    "M49": ["rkd", "crd", "decoupled"],
 }  # fmt: skip
 
 
@@ -569,9 +574,11 @@ def test_arm_takes_a_step(arm):
     )
     torch.manual_seed(0)
     student = create_model(config.student, num_classes=10)
-    method = build_method(config, student, create_model(config.teacher.name, num_classes=10))
+    teacher, labels = create_model(config.teacher.name, num_classes=10), torch.arange(40) % 10
+    method = build_method(config, student, teacher, labels)
     assert isinstance(method, MixtureControl) is (arm == "mixture")
-    output = method.train()(torch.randn(4, 3, 32, 32), torch.arange(4))
+    samples = [1.0, Samples(torch.arange(4), torch.tensor(0))] if method.takes_samples else []
+    output = method.train()(torch.randn(4, 3, 32, 32), labels[:4], *samples)
     output.total.backward()
     assert output.total.isfinite()
     gradients = [p.grad for p in method.parameters() if p.requires_grad]

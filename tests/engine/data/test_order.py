@@ -64,7 +64,7 @@ def test_draws_are_frozen():
     assert epoch_order(0, 1, 10).tolist() == [5, 1, 9, 3, 8, 0, 7, 4, 2, 6]
     assert crop_offsets(0, 0, torch.arange(4), 4).tolist() == [[6, 5], [7, 8], [1, 6], [4, 5]]
     assert flips(0, 0, torch.arange(8)).long().tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
-    assert [int(stream) for stream in Stream] == list(range(9))
+    assert [int(stream) for stream in Stream] == list(range(10))
 
 
 @pytest.mark.parametrize("stream", list(Stream))
