@@ -20,8 +20,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .config import Configure, RunConfig, Study, from_dict, to_dict
-from .errors import DataError, UsageError
+from .config import Configure, RunConfig, Study
+from .errors import DataError
 from .files import first_line, write_atomically
 from .resume import differences
 from .teacher import run_folder
@@ -98,16 +98,14 @@ class ArchivedRun:
     def check(self, config: RunConfig, where: str) -> None:
         """Refuse what is kept of a run of other options.
 
-        Options that are younger than the run have their defaults: those change nothing.
-
         Raises:
             DataError: It names them, and `where`.
         """
         try:
-            then = to_dict(from_dict(RunConfig, json.loads(self.run)["config"]))
-        except (LookupError, TypeError, ValueError, UsageError) as error:
+            then = json.loads(self.run)["config"]
+            different = differences(then, config, exact=("epochs", "max_steps"))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"{where}: run.json is damaged: {first_line(error)}") from None
-        different = differences(then, config, exact=("epochs", "max_steps"))
         if different:
             raise DataError(f"{where}: holds another run ({'; '.join(different)})")
 
