@@ -195,7 +195,7 @@ def readings(budget: Budget) -> Study:
         budget, "dfpt",
         ("without the last pair", "no_last_stage"), ("no norm in the prompt", "no_prompt_norm"),
         ("BatchNorm in train mode", "batch_statistics"), ("reversed KL", "reverse_kl"),
-        ("alternating updates", "alternating"), ("KD's weights, halved", "kd_matched"),
+        ("alternating updates", "alternating"), ("weights 0.1 / 0.45 / 0.45", "kd_matched"),
     )  # fmt: skip
     return _study(
         "readings", budget, "Which of our readings of the method matter?",
