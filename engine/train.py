@@ -27,13 +27,7 @@ from .alarms import (
     saturation_warning,
     teacher_warning,
 )
-from .checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    newest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from .checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint
 from .config import RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
 from .data.crops import side_of_epoch
@@ -51,6 +45,7 @@ from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .resume import check_same_state, start_of_main
 from .run_record import run_record
+from .run_state import RunState
 from .step import SkipCounts, TrainStep
 from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
 from .together import RandomState, SharedBatches, take_turns
@@ -60,7 +55,6 @@ from .watchdog import Watchdog
 STEP_GRACE_S = 5.0
 # Steps in which fp16 may look for its scale before an epoch that counts nothing is a failure.
 SCALE_SEARCH_STEPS = 32
-METHOD_STATE = ("student.", "prompt.", "crd.")  # how names of what a method trains begin
 GLANCE_STEPS = 16  # between two looks at how many were skipped
 
 
@@ -299,6 +293,7 @@ class Trainer:
             device=device,
             world=world,
         )
+        self.state = RunState(self.step, world)
         self.evaluator = Evaluator(
             method,
             data,
@@ -829,13 +824,11 @@ class Trainer:
         """
         if self.saved_step == self.progress.step:
             return
-        step, tensors = self.step, self.all_tensors()
-        for rank, own in enumerate(self.world.gather_tensors(self.own_state())):
-            tensors |= {f"{own_prefix(rank)}{name}": value for name, value in own.items()}
+        tensors = self.state.whole()
         state = {
             "step": self.progress.step,
             "progress": dataclasses.asdict(self.with_stretch()),
-            "scaler": step.scaler.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,
             "data": self.data_identity(),
@@ -848,17 +841,6 @@ class Trainer:
             self.writer.save(tensors, state, is_best=is_best)
         self.saved_step, self.last_save = self.progress.step, time.monotonic()
         self.save_asked = False
-
-    def all_tensors(self) -> dict[str, torch.Tensor]:
-        """What the processes have in common, and `own_state` of this one."""
-        ema = {} if self.step.ema is None else self.step.ema.state_dict()
-        return {
-            **self.method.trained_state(),
-            **optimizer_tensors(self.step.optimizer),
-            **{f"ema.{name}": value for name, value in ema.items()},
-            "skipped": self.step.gate.counts[:2],
-            **self.own_state(),
-        }
 
     def settle_last_save(self) -> None:
         """Wait, in rank 0, for the checkpoint before; say if it could not be written.
@@ -887,13 +869,6 @@ class Trainer:
         """What went wrong on the disk without harm."""
         self.log.warn("storage", message, self.progress.step)
 
-    def own_state(self) -> dict[str, torch.Tensor]:
-        """What differs between the processes: random generators, and counts of one's own images."""
-        own = {"meter": self.step.meter.sums, "rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        return own
-
     def data_identity(self) -> dict[str, Any]:
         """What must be the same in a run that goes on."""
         return {
@@ -909,56 +884,14 @@ class Trainer:
         Raises:
             DataError: The checkpoint is another model's, another teacher's or another data set's.
         """
-        state, step = checkpoint.state, self.step
         ours = {"data": self.data_identity(), "teacher_sha256": self.teacher_sha256}
         check_same_state(checkpoint, ours)
-        ranks = [f"rank{r}" for r in range(max(state.get("world_size", 1), self.world.size))]
-        checkpoint.check_tensors(self.all_tensors(), optional=("rng", "optimizer", *ranks))
-        self.restore_networks(checkpoint)
-        step.restore(state["step"])
-        step.gate.counts[:2] = checkpoint.tensors["skipped"]
-        self.restore_own_state(checkpoint)
+        self.state.restore(checkpoint)
         self.progress = checkpoint.part("progress", Progress)
-        self.alarmed = state["alarmed"]
+        self.alarmed = checkpoint.state["alarmed"]
         # An epoch that was saved at its edge is still to be evaluated, and then saved again.
-        is_complete = checkpoint.path.parent.parent == self.out and not step.meter.num_images()
+        is_complete = checkpoint.path.parent.parent == self.out and not self.step.meter.num_images()
         self.saved_step = self.progress.step if is_complete else None
-
-    def restore_networks(self, checkpoint: Checkpoint) -> None:
-        """What training moves: networks, optimiser, fp16's scale, average.
-
-        Raises:
-            DataError: The checkpoint is another model's or another optimiser's.
-        """
-        tensors, step = checkpoint.tensors, self.step
-        own = {k: v for k, v in tensors.items() if k.startswith(METHOD_STATE)}
-        try:
-            self.method.load_trained_state(own)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(f"{checkpoint.path}: another model's checkpoint: {reason}") from error
-        restore_optimizer(step.optimizer, tensors)
-        step.scaler.load_state_dict(checkpoint.state["scaler"])
-        if step.ema is not None:
-            step.ema.load_state_dict(
-                {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-            )
-
-    def restore_own_state(self, checkpoint: Checkpoint) -> None:
-        """Inverse of `own_state`, for any number of processes."""
-        tensors, then = checkpoint.tensors, checkpoint.state.get("world_size", 1)
-        rank, now = self.world.shard
-        meters = [tensors[f"{own_prefix(r)}meter"] for r in range(rank, then, now)]
-        self.step.meter.reset()
-        for meter in meters:
-            self.step.meter.sums += meter.to(self.device)
-        if rank >= then:
-            torch.manual_seed(self.world.seed_of_rank(self.config.seed, checkpoint.step))
-            return
-        torch.set_rng_state(tensors[f"{own_prefix(rank)}rng.cpu"])
-        cuda = tensors.get(f"{own_prefix(rank)}rng.cuda")
-        if cuda is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(cuda, self.device)
 
     def write_student(self) -> None:
         """The finished network: plain architecture, plain names."""
@@ -975,11 +908,6 @@ class Trainer:
             "top1": f"{self.progress.last['student_top1']:.4f}",
         }
         write_atomically(self.out / name, lambda path: save_file(tensors, path, metadata))
-
-
-def own_prefix(rank: int) -> str:
-    """Before the names of a rank's own tensors in a checkpoint; rank 0's are a lone process's."""
-    return f"rank{rank}." if rank else ""
 
 
 def end_step(config: RunConfig, total_steps: int) -> int:
