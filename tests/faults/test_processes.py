@@ -219,7 +219,7 @@ def test_row_21_a_killed_data_worker_is_one_clear_line(tmp_path):
         for name, faults in (("a", []), ("b", [Unexplained()]))
     )
     ended, control = end_of(a), end_of(b)
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 120  # no hang
     assert ended.code == 3, ended.output
     assert ended.output.count("a process that decodes images has died") == 1
     assert "--data.workers 2" in ended.output
