@@ -4,7 +4,8 @@ RepDistiller.
 240 epochs, batch 64, SGD 0.9, weight decay 5e-4, learning rate 0.05 (0.01 for MobileNetV2 and the
 ShuffleNets), times 0.1 after epochs 150, 180, 210; random crop with padding 4, flip (stated by both
 repositories). What DFPT-KD adds - its loss weights, temperature, r1, kernels, learning rates - is
-*our reading*: not known to us from the paper.
+*our reading*: not known to us from the paper. No study has settled them at this size; on the small
+pair for a CPU none of those on record shows a setting that is better (bench/results).
 
 Published top-1 in percent, mean or single run as their sources have it: T teacher, S student
 alone, KD at tau = 4 (RepDistiller), DKD (mdistiller), DIST (hunto/DIST_KD or zkxufo/TTM).
