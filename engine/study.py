@@ -145,7 +145,10 @@ def run_study(
             total = len(study.cells) * len(study.seeds)
             print(f"{runs} of {total} runs on record", file=OUT, flush=True)
     if failed:
-        raise DataError(f"{len(failed)} of the runs ended in an error: {'; '.join(failed)}")
+        more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise DataError(
+            f"{len(failed)} of the runs ended in an error: {'; '.join(failed[:3])}{more}"
+        )
 
 
 def student_jobs(
