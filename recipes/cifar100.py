@@ -4,8 +4,9 @@ RepDistiller.
 240 epochs, batch 64, SGD 0.9, weight decay 5e-4, learning rate 0.05 (0.01 for MobileNetV2 and the
 ShuffleNets), times 0.1 after epochs 150, 180, 210; random crop with padding 4, flip (stated by both
 repositories). What DFPT-KD adds - its loss weights, temperature, r1, kernels, learning rates - is
-*our reading*: not known to us from the paper. No study has settled them at this size; on the small
-pair for a CPU none of those on record shows a setting that is better (bench/results).
+*our reading*: not known to us from the paper. No study has settled them at this size. On the small
+pair for a CPU the studies bidirectional and structure (bench/results) found one of nine settings
+above these, stage 1 alone, by an interval that barely excludes zero: too little to move them.
 
 Published top-1 in percent, mean or single run as their sources have it: T teacher, S student
 alone, KD at tau = 4 (RepDistiller), DKD (mdistiller), DIST (hunto/DIST_KD or zkxufo/TTM).
@@ -168,7 +169,8 @@ def wrn_40_2_shufflenetv1(method: str = "dfpt") -> RunConfig:
 
 def resnet20_s2_resnet8_s2(method: str = "dfpt") -> RunConfig:
     """Sized for two CPU cores, of no published table: maps of half the side, a teacher that has
-    seen all 50,000 images for 20 epochs, a student that sees 50 of each class for 16."""
+    seen all 50,000 images for 20 epochs, a student that sees 50 of each class for 16. Its figures:
+    studies main, bidirectional and structure in bench/results."""
     return RunConfig(
         recipe="cifar100.resnet20_s2_resnet8_s2",
         method=method,  # type: ignore[arg-type]
