@@ -191,7 +191,7 @@ class MemoryModel:
         }
 
     def saved_tensors(self) -> list[Tensor]:
-        """What a checkpoint holds, as `Trainer.save` has it."""
+        """What a checkpoint holds, as `RunState` has it."""
         step = self.built.step
         average = [] if step.ema is None else list(step.ema.state_dict().values())
         state = step.method.trained_state().values()

@@ -51,12 +51,17 @@ class RunState:
         ranks = max(checkpoint.state.get("world_size", 1), self.world.size)
         optional = ("rng", "optimizer", *(f"rank{rank}" for rank in range(ranks)))
         checkpoint.check_tensors(self.tensors(), optional=optional)
-        self._restore_networks(checkpoint)
+        self.restore_networks(checkpoint)
         self.step.restore(checkpoint.state["step"])
         self.step.gate.counts[:2] = checkpoint.tensors["skipped"]
         self._restore_own(checkpoint)
 
-    def _restore_networks(self, checkpoint: Checkpoint) -> None:
+    def restore_networks(self, checkpoint: Checkpoint) -> None:
+        """What moves by learning alone: networks, optimiser, fp16's scale, average.
+
+        Raises:
+            DataError: The checkpoint is another model's or another optimiser's.
+        """
         tensors, step = checkpoint.tensors, self.step
         own = {k: v for k, v in tensors.items() if k.startswith(METHOD_STATE)}
         try:

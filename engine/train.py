@@ -687,7 +687,7 @@ class Trainer:
                 "intact"
             )
             raise self.said_once(error)
-        self.restore_networks(checkpoint)
+        self.state.restore_networks(checkpoint)
         self.step.restore(progress.step)
         self.step.gate.forget()
         progress.rewinds += 1

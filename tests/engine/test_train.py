@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dfptkd.engine import run_state
 from dfptkd.engine import train as train_module
 from dfptkd.engine.checkpoint import load_checkpoint
 from dfptkd.engine.config import (
@@ -200,7 +201,7 @@ def test_resume_control_a_lost_momentum_shows(root, tmp_path, monkeypatch):
     StopAt(monkeypatch, 2)
     with pytest.raises(Stopped):
         run(replace(whole, out=str(tmp_path / "stopped")))
-    monkeypatch.setattr(train_module, "restore_optimizer", lambda *_: None)
+    monkeypatch.setattr(run_state, "restore_optimizer", lambda *_: None)
     run(replace(whole, out=str(tmp_path / "stopped")))
     with pytest.raises(AssertionError):
         assert_same_end(tmp_path / "whole", tmp_path / "stopped", 6)

@@ -24,7 +24,7 @@ from injectors import (
     write_teacher,
 )
 
-from dfptkd.engine import train as train_module
+from dfptkd.engine import run_state
 from dfptkd.engine.checkpoint import load_checkpoint, newest_checkpoint, remove_leftovers
 from dfptkd.engine.train import run
 
@@ -70,7 +70,7 @@ def test_row_1_control_a_lost_momentum_shows(tmp_path, monkeypatch):
     assert in_child(train, whole, folder=tmp_path).code == 0
     ended = in_child(train, killed, WholeSaves(), Kill(6, "after"), folder=tmp_path)
     assert ended.code == -9
-    monkeypatch.setattr(train_module, "restore_optimizer", lambda *_: None)
+    monkeypatch.setattr(run_state, "restore_optimizer", lambda *_: None)
     run(killed)
     assert "tensor student.conv1.weight" in differences(tmp_path / "whole", tmp_path / "killed", 8)
 

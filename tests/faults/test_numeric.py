@@ -33,7 +33,12 @@ from training_faults import (
 
 from dfptkd.engine import step as step_module
 from dfptkd.engine import train as train_module
-from dfptkd.engine.checkpoint import checkpoints, load_checkpoint, newest_checkpoint
+from dfptkd.engine.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+)
 from dfptkd.engine.config import LossConfig, PromptConfig, StepConfig
 from dfptkd.engine.errors import Stopped
 from dfptkd.engine.methods.dfpt import TERMS
@@ -92,7 +97,7 @@ POINTS = [
 def everything(step):
     """All that a step may move, as it is now."""
     found = dict(step.method.trained_state())
-    found |= train_module.optimizer_tensors(step.optimizer)
+    found |= optimizer_tensors(step.optimizer)
     found |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
     found["meter"] = step.meter.sums
     found["scale"] = torch.tensor(step.scaler.get_scale())
