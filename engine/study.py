@@ -29,7 +29,7 @@ from .teacher import find_teacher, run_folder, teacher_run
 POLL_S = 0.2
 KILL_AFTER_S = 60.0  # a run that was asked to stop saves within this time
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-OUT = Terminal(lambda _: None)  # the runs go on when nobody listens any more
+OUT = Terminal(lambda _: None)
 
 
 class Slot(NamedTuple):
@@ -128,13 +128,16 @@ def run_study(
     on_gpu = places[0].device == "cuda"
     until = None if minutes is None else time.monotonic() + 60 * minutes
     root = Path(configure(study.cells[0]).out_root)
-    print(
-        f"{study.name}, {study.budget}: runs in {root}, record in {results}", file=OUT, flush=True
-    )
+    say(f"{study.name}, {study.budget}: runs in {root}, record in {results}")
     with RunLock(root), RunLock(results), stop_on_signal() as stop:
         done = on_record(study, configure, results)
         students = student_jobs(study, configure, on_gpu, done)
         teachers = teacher_jobs(job.config for job in students)
+        if students:
+            say(
+                f"to do: {len(teachers)} teachers, {len(students)} jobs, {len(places)} at a time; "
+                f"what each says: {root}/jobs/*.log"
+            )
         failed: list[str] = []
         try:
             failed += work_through(teachers, places, stop, until)
@@ -143,12 +146,17 @@ def run_study(
         finally:
             runs = put_on_record(study, configure, results)
             total = len(study.cells) * len(study.seeds)
-            print(f"{runs} of {total} runs on record", file=OUT, flush=True)
+            say(f"{runs} of {total} runs on record")
     if failed:
         more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise DataError(
             f"{len(failed)} of the runs ended in an error: {'; '.join(failed[:3])}{more}"
         )
+
+
+def say(text: str) -> None:
+    """Print a line; the runs go on when nobody listens any more."""
+    print(text, file=OUT, flush=True)
 
 
 def student_jobs(
@@ -226,7 +234,7 @@ def work_through(
                 left = clock(len(waiting) * statistics.fmean(times) / len(places))
                 count = f"{len(jobs) - len(waiting) - len(active)}/{len(jobs)}"
                 said = last_line(log_of(worker.job))
-                print(f"{count} {worker.job.name}: {said} · {left} left", file=OUT, flush=True)
+                say(f"{count} {worker.job.name}: {said} · {left} left")
                 if worker.failed:
                     code = worker.process.returncode
                     failed.append(f"{worker.job.name} (exit code {code}): {said}")

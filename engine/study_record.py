@@ -26,9 +26,8 @@ from .files import first_line, write_atomically
 from .resume import differences
 from .teacher import run_folder
 
-_FOLDERS = re.compile(
-    r"(?<![\w.:/])/(?=[^/\s])(?:[^/\s]+/)*"
-)  # of an absolute path, but for its last part
+# The folders of an absolute path, but not its last part.
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?=[^/\s])(?:[^/\s]+/)*")
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ def read_studies(tables: Sequence[Path], studies: Studies) -> list[StudyResults]
         if by_name.setdefault(table.stem, table) is not table:
             raise UsageError(f"{by_name[table.stem]} and {table}: expected one table a study")
     for name, table in by_name.items():
+        if not table.is_file():
+            raise DataError(f"{table}: no such file")
         if name not in studies:
             raise DataError(f"{table}: no study of that name: expected one of {' '.join(studies)}")
     return [

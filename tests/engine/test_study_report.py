@@ -530,3 +530,8 @@ def test_command_takes_tables_or_runs_and_not_both(table, tmp_path, capsys):
     assert main(["report", str(table)]) == 3  # the real study has other cells
     last = capsys.readouterr().err.splitlines()[-1]
     assert "main has no cell" in last
+
+
+def test_a_table_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.csv: no such file"):
+        results_of(tmp_path / "nothing.csv")
