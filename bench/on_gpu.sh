@@ -139,8 +139,8 @@ EOF
   (cd "$path" && timeout 120 "$python" -m dfptkd.bench.optim --device cuda --rounds 100 \
     --out "$out/results.csv") 2>&1 | tee "$out/optim-bench.txt" | tail -n 30
   ;;
-# As much of a study as $MINUTES allow (7; saving and packing take more). $DATA: folder with cifar-100-binary, or with the script
-# that unpacks it. What is under way comes back as $out/study.tar.* and is gone on with when these
+# As much of a study as $MINUTES allow (7; saving and packing take more). $DATA: folder with
+# cifar-100-binary, or with the script that unpacks it. What is under way comes back as $out/study.tar.* and is gone on with when these
 # lie in bench/out: the record, teachers, and the newest checkpoint of each unfinished run.
 study)
   nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv | tee "$out/gpu.csv" || true
@@ -163,7 +163,7 @@ study)
   (cd "$path" && "$python" -m dfptkd.engine.cli study "$name" --budget "$budget" --data.root "$data" \
     --out-root "$state/runs" --results "$state/results" --minutes "${MINUTES:-7}") 2>&1 \
     | tee "$out/study.txt" || code=$?
-  "$python" - "$state" << 'EOF'
+  "$python" - "$state" << 'EOF' || echo "not thinned out: everything is packed" >&2
 # A run that is on record may go; of the others the newest checkpoint is enough.
 import pathlib
 import shutil
