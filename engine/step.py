@@ -14,7 +14,7 @@ backward pass, and the gate opens in all of them or in none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from .guards import Certificate, certify
 from .methods import Method, StepOutput
 from .methods.base import BankRows, Samples
 from .metrics import EpochMeter, normaliser
+from .models.dual_path import FrozenOutputs
 from .models.parts import Remembered
 from .optim import (
     build_ema,
@@ -302,7 +303,7 @@ class TrainStep:
     def __call__(self, batch: Batch, step: int) -> None:
         """Do step number `step` (from 0) on `batch`."""
         with self._own_stream(batch):
-            self._set_distillation(step)
+            self.set_distillation(step)
             if self.is_proven:
                 self._run(batch, step)
             else:
@@ -370,14 +371,31 @@ class TrainStep:
         """All of a step that runs on the device."""
         with span("normalise"):
             images = self.image_parts(batch)
+        self.learn(batch, images, step)
+
+    def learn(
+        self,
+        batch: Batch,
+        images: Sequence[Tensor],
+        step: int,
+        known: Sequence[FrozenOutputs | None] = (),
+    ) -> None:
+        """All of a step but the images, which are normalised.
+
+        Args:
+            batch: Its labels and sample numbers.
+            images: [B / accumulate, 3, H, W] each.
+            step: Its number.
+            known: What the frozen teacher makes of each, where it has run already.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         before = self.gate.remember()
         outputs: list[tuple[StepOutput, int]] = []
         parts = zip(images, self._label_parts(batch), self._sample_parts(batch), strict=True)
-        for i, (part, labels, samples) in enumerate(parts, start=1):
-            with accumulating(self.replicas, is_last=i == len(images)):
+        for i, (part, labels, samples) in enumerate(parts):
+            with accumulating(self.replicas, is_last=i + 1 == len(images)):
                 with span("forward"), self.autocast(), self.loss_backend():
-                    frozen = self.frozen_outputs(part)
+                    frozen = known[i] if known else self.frozen_outputs(part)
                     output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
                     share = len(labels) / len(batch.labels)
@@ -450,7 +468,7 @@ class TrainStep:
                 for param in group["params"]:
                     param.grad = None
 
-    def _set_distillation(self, step: int) -> None:
+    def set_distillation(self, step: int) -> None:
         """The warm-up factor of this step."""
         if not self.warmup_steps:
             return
@@ -554,22 +572,33 @@ class TrainStep:
         assert self.capture_stream is not None
         try:
             warm_up(lambda: self.body(self.inputs, 0), self.capture_stream, WARMUP_STEPS)
-            self._record(self.capture_stream)
+            self.graph = record_step(
+                lambda: self.body(self.inputs, 0), self.capture_stream, self.config
+            )
         finally:
             torch.cuda.synchronize(self.device)  # nothing may still look at the gate
             torch.cuda.set_rng_state(random, self.device)
             self.gate.is_open.fill_(True)
 
-    def _record(self, stream: torch.cuda.Stream) -> None:
-        """The capture itself.
 
-        Raises:
-            UsageError: It failed; what the allocator then holds rules out going on in this process.
-        """
-        try:
-            self.graph, _ = capture(lambda: self.body(self.inputs, 0), stream)
-        except RuntimeError as error:
-            raise UsageError(
-                f"step.mode={self.config.step.mode!r}: a step cannot be captured as a CUDA graph "
-                f"here ({first_line(error)}): expected --step.mode compile or eager"
-            ) from error
+def record_step(
+    call: Callable[[], None],
+    stream: torch.cuda.Stream,
+    config: RunConfig,
+    generators: Sequence[torch.Generator] = (),
+) -> torch.cuda.CUDAGraph:
+    """The capture of a step; arguments as of `capture`.
+
+    Raises:
+        OutOfMemoryError: It does not fit.
+        UsageError: It failed; what the allocator then holds rules out going on in this process.
+    """
+    try:
+        return capture(call, stream, generators=generators)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UsageError(
+            f"step.mode={config.step.mode!r}: a step cannot be captured as a CUDA graph here "
+            f"({first_line(error)}): expected --step.mode compile or eager"
+        ) from error

@@ -35,6 +35,7 @@ from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .explain import EVALUATION, explained
 from .files import write_atomically
+from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
 from .machine import check_machine, check_sizes, prepare_torch
 from .methods import Method, build_method
@@ -246,10 +247,10 @@ def check_same_teacher(record: dict[str, Any], world: World) -> None:
 def share(runs: Sequence[Pending]) -> None:
     """Let runs that differ in their seed alone hold and compute once what is the same for all."""
     groups: dict[tuple[int, int], Trainer] = {}
+    joint = join([run.trainer.step for run in runs])
     for run in runs:
         trainer = run.trainer
-        trainer.method.share_teacher(runs[0].trainer.method)
-        trainer.step.run_beside_others()
+        trainer.joint = joint
         start = 0 if run.checkpoint is None else run.checkpoint.step
         first = groups.setdefault((trainer.batches.seed, start), trainer)
         if first is trainer:
@@ -312,6 +313,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.watchdog = Watchdog(world.rank, lambda phase: self.log.beat(phase))
         self.progress = Progress()
+        self.joint: JointStep | None = None
         self.stretch: Stretch | None = None
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
@@ -459,7 +461,10 @@ class Trainer:
             with self.phase_of_step():
                 if not self.certified:
                     self.certify(batch)
-                self.step(batch, progress.step)
+                if turn_is_over := self.joint is not None:
+                    yield from self.joint_step(batch)
+                else:
+                    self.step(batch, progress.step)
                 progress.step += 1
                 self.stop.wants_save |= self.is_time_to_save()
                 self.stop.after_step()
@@ -471,9 +476,8 @@ class Trainer:
                 self.check_streak(self.step.glance())
             if self.saves_within_epoch():
                 self.save()
-            paused = time.monotonic()
-            yield
-            self.stretch.started += time.monotonic() - paused  # the turns of other runs
+            if not turn_is_over:
+                yield from self.turns_of_others()
             if line.due():
                 self.step.join()
                 means = self.step.meter.read(config.has_prompt_path, own=True)
@@ -486,6 +490,26 @@ class Trainer:
         seconds = now.seconds - progress.seconds
         progress.seconds, progress.replaced = now.seconds, now.replaced
         progress.speeds.append((progress.step - first) * config.global_batch / max(seconds, 1e-9))
+
+    def turns_of_others(self) -> Iterator[None]:
+        """What they take is not this run's time."""
+        assert self.stretch is not None
+        paused = time.monotonic()
+        yield
+        self.stretch.started += time.monotonic() - paused
+
+    def joint_step(self, batch: Batch) -> Iterator[None]:
+        """A step together with the others' runs: done when this run's turn comes again."""
+        assert self.joint is not None
+        self.joint.lay_down(self.step, batch, self.progress.step)
+        yield from self.turns_of_others()
+        self.joint.collect(self.step)
+        if not self.joint.is_over:
+            return
+        if self.joint.failure is not None:
+            self.log.warn("fallback", self.joint.failure, self.progress.step)
+            self.joint.failure = None
+        self.joint = None
 
     def with_stretch(self) -> Progress:
         """The progress, with what belongs to the steps under way."""
