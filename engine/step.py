@@ -35,6 +35,7 @@ from .methods import Method, StepOutput
 from .methods.base import BankRows, Samples
 from .metrics import EpochMeter, normaliser
 from .models.parts import Remembered
+from .models.per_module_work import BatchCounters, CastWeights
 from .optim import (
     build_ema,
     build_optimizer,
@@ -258,7 +259,10 @@ class TrainStep:
         moved: list[Tensor] = []
         if not skips_by_itself(self.optimizer):
             moved = [*self.params, *optimizer_tensors(self.optimizer).values()]
-        self.gate = Gate(method.trained_buffers(), device, world, moved)
+        self.counters = BatchCounters(method.trained_networks())
+        self.weights = CastWeights(method.trained_networks(), DTYPES.get(self.precision))
+        statistics = [b for b in method.trained_buffers() if not self.counters.owns(b)]
+        self.gate = Gate(statistics, device, world, moved)
         self.replicas = world.replicate(method)
         self.distillation: float | Tensor = 1.0
         self.is_proven = False
@@ -280,6 +284,12 @@ class TrainStep:
             enabled=self.precision in DTYPES,
             cache_enabled=self.mode != "graph",
         )
+
+    @contextmanager
+    def training_forward(self) -> Iterator[None]:
+        """Around forward passes in training mode; their counters of batches do not move."""
+        with self.autocast(), self.loss_backend(), self.counters.apart(), self.weights.applied():
+            yield
 
     def plainly(self) -> AbstractContextManager:
         """Runs compiled regions as they were written: for evaluation, whose shapes differ."""
@@ -344,7 +354,7 @@ class TrainStep:
         before, failure = self.gate.remember(), None
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(cuda), self.autocast(), self.loss_backend():
+            with torch.random.fork_rng(cuda), self.training_forward():
                 images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
                 samples = self._sample_parts(batch)[0]
                 self.method(images, labels, self.distillation, *samples).total.backward()
@@ -376,7 +386,7 @@ class TrainStep:
         parts = zip(images, self._label_parts(batch), self._sample_parts(batch), strict=True)
         for i, (part, labels, samples) in enumerate(parts, start=1):
             with accumulating(self.replicas, is_last=i == len(images)):
-                with span("forward"), self.autocast(), self.loss_backend():
+                with span("forward"), self.training_forward():
                     frozen = self.frozen_outputs(part)
                     output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
@@ -387,6 +397,7 @@ class TrainStep:
             passes = self._update(outputs, step)
         with span("gate"):
             self.gate.settle(passes, before)
+            self.counters.add(passes * len(outputs))
         if self.method.takes_samples:
             with span("memory"):
                 self.method.remember(self._rows([output for output, _ in outputs]), passes)
@@ -507,7 +518,7 @@ class TrainStep:
     def examine(self, batch: Batch) -> dict[str, float]:
         """Every loss term on a batch as the networks are now, and the total; nothing moves."""
         before = self.gate.remember()
-        with self.autocast(), self.loss_backend(), self.plainly():
+        with self.training_forward(), self.plainly():
             outputs = [
                 self.method(images, labels, 1.0, *samples)
                 for images, labels, samples in zip(
