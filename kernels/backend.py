@@ -124,7 +124,9 @@ def unavailable(backend: str) -> str | None:
 
     Where there is a GPU, Triton is asked by compiling and launching one kernel, once a process.
     """
-    return {"native": _load_native, "triton": _find_triton}.get(backend, lambda: None)()
+    if backend == "native":
+        return _load_native()
+    return _find_triton() if backend == "triton" else None
 
 
 def library_candidates() -> tuple[Path, Path]:
