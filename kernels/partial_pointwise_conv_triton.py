@@ -685,7 +685,8 @@ def _sum_launch(rows: int, columns: int, first_columns: int) -> dict[str, int]:
         if rows <= (most_rows or rows) and columns <= (most_columns or columns)
     )
     align = min(shared_alignment(columns, first_columns), 4)
-    return {"ALIGN": align, "ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": 8}
+    launch = {"ALIGN": align, "ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": 8}
+    return launch | {"maxnreg": 128}  # as with `_MOST_REGISTERS_FP32`
 
 
 def _add_rows(rows: Tensor, first: Tensor, second: Tensor | None) -> None:
