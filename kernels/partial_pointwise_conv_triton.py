@@ -119,7 +119,8 @@ def _convolved(
 ):  # fmt: skip
     """Channels `out` [P] of the convolution of h[:, :CP] at `pixel` [M]: fp32 [M, P].
 
-    `weight` is [K K CP, CP], its rows numbered as in `_taps`.
+    `weight` is [K K, CP read, CP written] as the forward has it; the transposed convolution takes
+    the last two the other way round.
     """
     acc = tl.zeros((pixel.shape[0], out.shape[0]), tl.float32)
     for start in range(0, K * K * CP, BLOCK_T):
@@ -129,7 +130,11 @@ def _convolved(
         )
         h = _activation(x_ptr, residual_ptr, scale_ptr, shift_ptr, source, channel, valid, C, RELU)
         known = (index < K * K * CP)[:, None] & (out < CP)[None, :]
-        weight = tl.load(weight_ptr + index[:, None] * CP + out[None, :], mask=known, other=0.0)
+        if SIGN > 0:
+            place = index[:, None] * CP + out[None, :]
+        else:
+            place = ((index // CP * CP)[:, None] + out[None, :]) * CP + (index % CP)[:, None]
+        weight = tl.load(weight_ptr + place, mask=known, other=0.0)
         acc = _dot(h, weight, acc, PRECISION)
     return acc
 
@@ -194,7 +199,7 @@ def forward_kernel(
     residual_ptr,
     scale_ptr,  # [C], like shift
     shift_ptr,
-    partial_ptr,  # [K K CP, CP]
+    partial_ptr,  # [K K, CP, CP]
     point_ptr,  # [C_OUT, IN]
     y_ptr,  # [P, C_OUT]
     sums_ptr,  # fp32 [tiles, 2 C_OUT]
@@ -335,7 +340,7 @@ def point_gradient_kernel(
 @triton.jit(do_not_specialize=_INTEGERS)
 def partial_gradient_kernel(
     dh2_ptr,
-    partial_ptr,  # [K K CP, CP]: rows (tap, output channel)
+    partial_ptr,  # [K K, CP, CP]
     x_ptr, scale_ptr, shift_ptr, grad_x_ptr, grad_residual_ptr, sums_ptr,
     pixels: tl.int32, height: tl.int32, width: tl.int32,
     C: tl.constexpr, CP: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr,
@@ -650,15 +655,12 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _flat_taps(
-    partial_weight: Tensor | None, dtype: torch.dtype, *, transposed: bool = False
-) -> Tensor | None:
-    """[k k c_p, c_p]: rows (tap, what is read), columns what is written."""
+def _taps_first(partial_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[k, k, c_p read, c_p written], as both directions take it; one copy at most, cast or not."""
     if partial_weight is None:
         return None
-    order = (2, 3, 0, 1) if transposed else (2, 3, 1, 0)
-    taps = partial_weight.to(dtype).permute(order).reshape(-1, partial_weight.shape[0])
-    return taps.contiguous()  # a view where k = 1
+    taps = partial_weight.permute(2, 3, 1, 0)
+    return taps.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 @functools.cache
@@ -758,7 +760,7 @@ def launch_forward(
         if pixels > 0:
             forward_kernel[(tiles * _programs(shape, shape.width, launch["BLOCK_N"]),)](
                 x, residual, scale, shift,
-                _flat_taps(partial_weight, x.dtype), point_weight.to(x.dtype).contiguous(),
+                _taps_first(partial_weight, x.dtype), point_weight.to(x.dtype).contiguous(),
                 y, rows, pixels, *x.shape[2:], **launch,
             )  # fmt: skip
         _add_rows(rows, sums, squared_sums)
@@ -794,6 +796,7 @@ def launch_backward(
     pixels = x.numel() // shape.channels
     tiles = triton.cdiv(pixels, _PIXELS)
     point = point_weight.to(x.dtype).contiguous()
+    taps = _taps_first(partial_weight, x.dtype)
     upstream = (grad_y, grad_sums, grad_squared_sums, y)
     affine = (scale, shift)
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -817,7 +820,7 @@ def launch_backward(
         if pixels > 0 and towards_input and shape.touched:
             launch = _partial_launch(shape, arithmetic)
             partial_gradient_kernel[(tiles * triton.cdiv(shape.touched, launch["BLOCK_P"]),)](
-                dh2, _flat_taps(partial_weight, x.dtype, transposed=True),
+                dh2, taps,
                 x, *affine, grad_x, grad_residual, rows, pixels, height, width, **launch,
             )  # fmt: skip
         if rows is not None:
@@ -827,7 +830,7 @@ def launch_backward(
             grad_shift = None if grad_shift is None else both[1]
         if needs_weights:
             grad_point, grad_partial = _weight_gradients(
-                shape, upstream, (x, residual, *affine), dh2, partial_weight, point_weight
+                shape, upstream, (x, residual, *affine), dh2, taps, partial_weight, point_weight
             )
     return grad_x, grad_scale, grad_shift, grad_partial, grad_point, grad_residual
 
@@ -837,9 +840,11 @@ def _weight_gradients(
     upstream: tuple[Tensor | None, ...],
     inputs: tuple[Tensor | None, ...],
     dh2: Tensor | None,
+    flat: Tensor | None,
     partial_weight: Tensor | None,
     point_weight: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the point weight and the partial weight; `flat` is the latter, taps first."""
     x, residual, scale, shift = inputs
     assert x is not None
     height, width = x.shape[2:]
@@ -858,7 +863,7 @@ def _weight_gradients(
             blocks = _partial_launch(shape, arithmetic)
             outputs = triton.cdiv(shape.touched, blocks["BLOCK_P"])
             partial_conv_kernel[(triton.cdiv(pixels, _PIXELS) * outputs,)](
-                x, residual, scale, shift, _flat_taps(partial_weight, x.dtype), z,
+                x, residual, scale, shift, flat, z,
                 pixels, height, width, **blocks,
             )  # fmt: skip
             partial_weight_kernel[(splits * triton.cdiv(taps, blocks["BLOCK_T"]) * outputs,)](

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -51,12 +52,14 @@ def launches(monkeypatch):
     return found
 
 
-def run(batch, channels, size, *, touched=0, kernel=1, dtype=torch.bfloat16):
+def run(
+    batch, channels, size, *, touched=0, kernel=1, dtype=torch.bfloat16, weights=torch.bfloat16
+):
     """Forward and backward of one convolution with everything that it can have."""
     x, y_grad, residual = torch.empty(3, batch, channels, size, size, dtype=dtype, device="meta")
     scale, shift, *grads = torch.empty(4, channels, device="meta")
-    point = torch.empty(channels, channels, dtype=dtype, device="meta")
-    partial = torch.empty(touched, touched, kernel, kernel, dtype=dtype, device="meta")
+    point = torch.empty(channels, channels, dtype=weights, device="meta")
+    partial = torch.empty(touched, touched, kernel, kernel, dtype=weights, device="meta")
     inputs = (x, scale, shift, partial if touched else None, point, residual)
     y, *_ = conv.launch_forward(*inputs, True, 1)
     conv.launch_backward(y_grad, *grads, *inputs, y, True, 1, True, True, True)
@@ -93,3 +96,24 @@ def test_rows_of_a_wide_weight_stay_small_beside_the_activations(launches):
     run(256, 512, 7)
     rows = next(x for x in launches if x.kernel == "point_weight_kernel").arguments["rows_ptr"]
     assert rows.nbytes <= 256 * 512 * 7 * 7 * 2
+
+
+class Copies(TorchDispatchMode):
+    """How often a tensor of this many elements is copied, cast or not."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.name() in ("aten::clone", "aten::_to_copy", "aten::copy_"):
+            self.count += found.numel() == self.numel
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_partial_weight_is_copied_once_each_way(launches, dtype):
+    with Copies(numel=9 * 9 * 5 * 5) as copies:
+        run(2, 36, 8, touched=9, kernel=5, dtype=torch.bfloat16, weights=dtype)
+    assert copies.count == 2
