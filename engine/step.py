@@ -157,12 +157,11 @@ class Gate:
             scaled: Gradients come from a scaled fp16 loss: that they overflow now and then is how
                 the scale is found, and only a loss that is not finite counts.
         """
-        finite = total.isfinite()
-        passes = finite & norm.isfinite()
+        both = torch.stack([total, norm]).isfinite()
         if self.world.size > 1:
-            finite, passes = self.world.all_true(torch.stack([finite, passes])).unbind()
-        failed = self.is_open & ~(finite if scaled else passes)
-        passes = passes & self.is_open
+            both = self.world.all_true(both)
+        passes = both.all() & self.is_open
+        failed = self.is_open & ~(both[0] if scaled else passes)
         skipped, in_a_row, seen, last = self.counts.unbind()
         counts = [skipped + failed, (in_a_row + failed) * ~passes, seen + self.is_open]
         self.counts.copy_(torch.stack([*counts, torch.where(failed, seen, last)]))
