@@ -14,6 +14,8 @@ import functools
 import importlib.util
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,8 +121,13 @@ def forced_backend() -> str | None:
 
 
 def unavailable(backend: str) -> str | None:
-    """Why a backend cannot be used on this machine at all, in one phrase; None: it can."""
-    return {"native": _load_native, "triton": _find_triton}.get(backend, lambda: None)()
+    """Why a backend cannot be used on this machine at all, in one phrase; None: it can.
+
+    Where there is a GPU, Triton is asked by compiling and launching one kernel, once a process.
+    """
+    if backend == "native":
+        return _load_native()
+    return _find_triton() if backend == "triton" else None
 
 
 def library_candidates() -> tuple[Path, Path]:
@@ -147,9 +154,52 @@ def _load_native() -> str | None:
     return None
 
 
-@functools.cache
+def backend_failures() -> tuple[type[Exception], ...]:
+    """Exceptions by which compiled or fused code says that it does not work here.
+
+    For `except backend_failures()`: what Dynamo, Inductor, a compiler that is missing or fails,
+    Triton and the driver raise. torch.OutOfMemoryError is one of them, being a RuntimeError; who
+    would not try anything else after it catches it before.
+    """
+    errors = sys.modules.get("triton.errors")  # not imported: it has raised nothing
+    return (
+        RuntimeError,
+        OSError,  # no compiler, no cache folder
+        subprocess.SubprocessError,  # a compiler that fails
+        ImportError,  # what it made does not load
+        *(() if errors is None else (errors.TritonError,)),
+    )
+
+
 def _find_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not _has_triton():
+        return "triton is not installed"
+    if _probe_triton.cache_info().currsize == 0:
+        # The question costs a machine without a GPU nothing. A capture does not take a probe, nor
+        # does it need one: what was launched before it has asked.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if interpreted or not torch.cuda.is_available() or _is_capturing():
+            return None
+    return _probe_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _probe_triton() -> str | None:
+    try:
+        from .triton_probe import probe
+    except Exception as error:  # an installation that is broken
+        return f"triton does not import: {error}"
+    reason = probe()
+    return None if reason is None else f"triton cannot launch a kernel: {reason}"
 
 
 def _refusal(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:
@@ -184,14 +234,17 @@ def _resolve(operation: str, device: str, dtype: torch.dtype, forced: str | None
 
 
 @functools.cache
-def _log_fallback_once(operation: str, reason: str) -> None:
-    _log.warning("%s: %s; the reference serves it, slower", operation, reason)
+def _log_fallback_once(what: str, reason: str) -> None:
+    _log.warning("%s: %s; the reference serves it, slower", what, reason)
 
 
 def _log_fallback(operation: str, device: str, dtype: torch.dtype) -> None:
     fast = _AUTOMATIC.get(device)
     if fast in OPERATIONS[operation]:
-        _log_fallback_once(operation, str(_refusal(fast, operation, device, dtype)))
+        reason = str(_refusal(fast, operation, device, dtype))
+        # What the machine lacks is said once and not for each operation.
+        lacking = reason == unavailable(fast)
+        _log_fallback_once("fused operations" if lacking else operation, reason)
 
 
 # torch.compile calls these while it traces and keeps the answer: nothing in a graph changes it.
