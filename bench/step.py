@@ -6,7 +6,8 @@
     plain[compile]     the same, its networks and its losses under torch.compile
     ours[MODE]         a run's own step, one row for each execution mode
     ours[MODE+joint]   the later stages on both teacher paths as one batch (--step.joint-paths)
-    ours[MODE]xN       a step of each of N seeds at once, on the same batch (--seeds N)
+    ours[MODE]xN       a step of each of N seeds at once (--seeds N), on the same batch; of mode
+                       graph as one graph, each on a batch of its own
 
 Vanilla KD is timed by our step alone, for the ratio of the costs.
 
@@ -44,6 +45,7 @@ from ..engine.config import (
 )
 from ..engine.data import Batch, load_data, train_batches
 from ..engine.errors import UsageError
+from ..engine.joint_step import JointStep, join
 from ..engine.machine import pick_device
 from ..engine.memory import kept_bytes
 from ..engine.metrics import Normalise, normaliser
@@ -218,14 +220,14 @@ def our_step(setting: Setting, mode: str) -> TrainStep:
     return build_step(config, load_data(config.data, setting.device), setting.device)
 
 
-def at_once(setting: Setting, mode: str, seeds: int) -> list[TrainStep]:
-    """Steps of several seeds, which share what runs of several seeds share."""
+def at_once(setting: Setting, mode: str, seeds: int) -> tuple[list[TrainStep], JointStep | None]:
+    """Steps of several seeds, which share what runs of several seeds share, and do them as one
+    where those do."""
     steps = [our_step(setting, mode) for _ in range(seeds)]
+    joint = join(steps) if seeds > 1 else None
     for step in steps if seeds > 1 else ():
-        step.method.share_teacher(steps[0].method)
-        step.run_beside_others()
         step.share_batches(None if step is steps[0] else steps[0])
-    return steps
+    return steps, joint
 
 
 @dataclass(frozen=True)
@@ -285,11 +287,11 @@ def make_sides(setting: Setting, providers: Sequence[str], seeds: int = 1) -> di
         else:
             mode = name.removeprefix("ours[").removesuffix("]")
             for count in sorted({1, seeds}):
-                steps = at_once(setting, mode, count)
+                steps, joint = at_once(setting, mode, count)
                 label = name if count == 1 else f"{name}x{count}"
-                _ours_call(steps, batch)
+                _ours_call(steps, joint, batch)
                 losses[label] = steps[-1].meter.read(False)["loss/total"]
-                call = functools.partial(_ours_call, steps, batch)
+                call = functools.partial(_ours_call, steps, joint, batch)
                 sides[label] = Side(call, [step.method for step in steps])
     tolerance = 1e-4 if setting.dtype == torch.float32 else 3e-2
     spread = (max(losses.values()) - min(losses.values())) / max(losses.values())
@@ -298,12 +300,19 @@ def make_sides(setting: Setting, providers: Sequence[str], seeds: int = 1) -> di
     return sides
 
 
-def _ours_call(steps: Sequence[TrainStep], batch: Batch) -> None:
+def _ours_call(steps: Sequence[TrainStep], joint: JointStep | None, batch: Batch) -> None:
     new = replace(batch)  # what seeds share is remembered for a batch, not for its values
     for step in steps:
-        step(new, 1)
+        if joint is None:
+            step(new, 1)
+        else:
+            joint.lay_down(step, replace(batch), 1)
     for step in steps:
+        if joint is not None:
+            joint.collect(step)
         step.join()
+    if joint is not None and joint.failure is not None:
+        raise RuntimeError(joint.failure)
 
 
 def _plain_call(step: PlainStep, normalise: Normalise, batch: Batch) -> None:
