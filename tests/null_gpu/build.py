@@ -129,7 +129,13 @@ def _symbols(files: list[Path], which: str) -> set[str]:
 
 
 def _gcc(*arguments: object) -> None:
-    options = ["-std=gnu11", "-O1", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in _headers())]
+    options = [
+        "-std=gnu11",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        *(f"-I{path}" for path in _headers()),
+    ]
     subprocess.run(["gcc", *options, *map(str, arguments)], check=True)
 
 

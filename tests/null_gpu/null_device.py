@@ -100,8 +100,6 @@ def _memory_format(x: Tensor, weight: Tensor):
     return torch._C._conv_determine_backend_memory_format(x, weight, cudnn)
 
 
-
-
 def _convolution(
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
 ) -> Tensor:
@@ -116,7 +114,9 @@ def _convolution(
         s, p, d = (v[i % len(v)] for v in (stride, padding, dilation))
         reach = d * (weight.shape[2 + i] - 1)
         if transposed:
-            sizes.append((size - 1) * s - 2 * p + reach + output_padding[i % len(output_padding)] + 1)
+            sizes.append(
+                (size - 1) * s - 2 * p + reach + output_padding[i % len(output_padding)] + 1
+            )
         else:
             sizes.append((size + 2 * p - reach - 1) // s + 1)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]

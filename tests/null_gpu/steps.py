@@ -132,8 +132,8 @@ def run(case: Case, result: Result, steps: int = 4) -> None:
         captured.append(list(range(before, null_device.captures())))
     before_all = null_device.counts()
     for number in range(1, steps):
-        before_last = null_device.counts()
         batch = next(batches)
+        before_last = null_device.counts()
         for step in made:
             step(batch, number)
     after = null_device.since(before_all)
