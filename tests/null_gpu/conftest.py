@@ -3,7 +3,7 @@
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ def null_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def on_null_gpu(null_gpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnNullGpu]:
+def on_null_gpu(null_gpu: Path, tmp_path_factory: pytest.TempPathFactory) -> OnNullGpu:
     """Calls Python with these arguments, in a process that sees the null GPU.
 
     Compiled code is kept for the session, as it would be on a user's machine.
@@ -52,7 +52,7 @@ def on_null_gpu(null_gpu: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             preexec_fn=limit_memory,
         )
 
-    yield call
+    return call
 
 
 def limit_memory() -> None:

@@ -1,7 +1,7 @@
 """The Python side of the null GPU: what it counted, and convolutions without cuDNN.
 
-Imported in a process that has the library in front of torch (build.py); torch calls `install` at the
-end of its own import.
+Imported in a process that has the library in front of torch (build.py); torch calls `install` at
+the end of its own import.
 """
 
 from __future__ import annotations

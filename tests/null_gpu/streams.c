@@ -4,6 +4,9 @@
 // a stream that waits for an event of a capture joins it; every stream that joined must be joined
 // back before the capture ends; nobody waits for, or asks about, what is being captured; calls that
 // would touch the whole device are forbidden to all threads, or (thread_local) to the capturing one.
+//
+// The device is as slow as can be: an event has not happened before the host has waited for it, or for
+// a later one. Memory that other streams may still read is then never given out again, as it must not.
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -47,7 +50,7 @@ struct CUstream_st {
 
 struct CUevent_st {
     struct capture *capture;  // in which it was recorded last; NULL: outside of any
-    int is_recorded;
+    long recorded;            // number of that record, from 1; 0: never
     struct progress seen;
 };
 
@@ -55,6 +58,7 @@ static pthread_mutex_t mutex;
 static struct CUstream_st legacy_stream;
 static struct capture *captures[MAX_CAPTURES];  // all there ever were: they are asked about later
 static int num_captures, num_under_way;
+static long num_records, num_awaited;  // of events; the host has waited for the first num_awaited
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 __attribute__((constructor)) static void make_mutex(void) {
@@ -103,6 +107,12 @@ static void join(cudaStream_t stream, struct capture *capture) {
     memset(&stream->seen, 0, sizeof stream->seen);
     stream->capture = capture;
     stream->branch = capture->branches++;
+}
+
+static void wait_until(long record) {
+    lock();
+    if (record > num_awaited) num_awaited = record;
+    pthread_mutex_unlock(&mutex);
 }
 
 int enqueue(cudaStream_t stream, enum count which) {
@@ -173,11 +183,13 @@ EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
         return done(spoil(capture, cudaErrorStreamCaptureUnsupported, "cudaStreamSynchronize",
                           "the stream is being captured"));
     pthread_mutex_unlock(&mutex);
+    wait_until(num_records);
     return failed(check_no_capture("cudaStreamSynchronize"));
 }
 
 EXPORT cudaError_t cudaDeviceSynchronize(void) {
     count(SYNCS, 1);
+    wait_until(num_records);
     return failed(check_no_capture("cudaDeviceSynchronize"));
 }
 
@@ -207,7 +219,7 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
     if (ours && theirs && ours != theirs)
         error = spoil(ours, cudaErrorStreamCaptureMerge, "cudaStreamWaitEvent",
                       "the event belongs to another capture");
-    else if (ours && !theirs && event->is_recorded)
+    else if (ours && !theirs && event->recorded)
         error = spoil(ours, cudaErrorStreamCaptureIsolation, "cudaStreamWaitEvent",
                       "the event was recorded outside of the capture");
     else if (theirs) {
@@ -237,7 +249,7 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     stream = actual(stream);
     event->capture = capture_of(stream);
     event->seen = stream->seen;
-    event->is_recorded = 1;
+    event->recorded = ++num_records;
     return done(cudaSuccess);
 }
 
@@ -258,13 +270,17 @@ static cudaError_t look_at(cudaEvent_t event, const char *call) {
 
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) {
     cudaError_t error = look_at(event, "cudaEventQuery");
-    return error ? error : failed(check_no_capture("cudaEventQuery"));
+    if (!error) error = check_no_capture("cudaEventQuery");
+    if (!error && event->recorded > num_awaited) error = cudaErrorNotReady;
+    return failed(error);
 }
 
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     count(SYNCS, 1);
     cudaError_t error = look_at(event, "cudaEventSynchronize");
-    return error ? error : failed(check_no_capture("cudaEventSynchronize"));
+    if (!error) error = check_no_capture("cudaEventSynchronize");
+    if (!error) wait_until(event->recorded);
+    return failed(error);
 }
 
 EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
