@@ -1,5 +1,5 @@
-// cuBLAS: one launch a matrix product, and which workspace it computes in. Two products that may run
-// at the same time must not share one. Handles are pointers to their stream and workspace.
+// cuBLAS: one launch a matrix product, and which workspace it computes in. Two products that may
+// run at the same time must not share one. Handles are pointers to their stream and workspace.
 
 #include <stdint.h>
 #include <stdlib.h>

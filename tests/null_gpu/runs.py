@@ -98,8 +98,8 @@ def watch(report: Report, options: Options) -> list[TrainStep]:
 
 
 def count_images() -> None:
-    """From now on an epoch's meter says how many images it was given, and not the zero that it reads
-    back: a run takes that for an epoch without a single finite step."""
+    """From now on an epoch's meter says how many images it was given: a run takes the zero that it
+    reads back for an epoch without a single finite step."""
     own_call, own_read, own_reset = TrainStep.__call__, EpochMeter.num_images, EpochMeter.reset
     given: Counter[int] = Counter()
 

@@ -2,11 +2,13 @@
 //
 // The rules are those of the CUDA C++ Programming Guide, "Creating a Graph Using Stream Capture":
 // a stream that waits for an event of a capture joins it; every stream that joined must be joined
-// back before the capture ends; nobody waits for, or asks about, what is being captured; calls that
-// would touch the whole device are forbidden to all threads, or (thread_local) to the capturing one.
+// back before the capture ends; nobody waits for, or asks about, what is being captured; calls
+// that would touch the whole device are forbidden to all threads, or (thread_local) to the
+// capturing one.
 //
-// The device is as slow as can be: an event has not happened before the host has waited for it, or for
-// a later one. Memory that other streams may still read is then never given out again, as it must not.
+// The device is as slow as can be: an event has not happened before the host has waited for it, or
+// for a later one. Memory that other streams may still read is then never given out again, as it
+// must not. Its clock counts what was put on streams: the fewer kernels, the faster.
 
 #include <pthread.h>
 #include <stdlib.h>
@@ -17,6 +19,7 @@
 #define MAX_BRANCHES 64    // streams of one capture
 #define MAX_WORKSPACES 32  // of cuBLAS, in one capture
 #define MAX_CAPTURES 4096
+#define OPERATION_MS 0.005f  // that a kernel or copy takes by the device's clock
 
 // How far each branch of a capture has come, as one stream or event knows it.
 struct progress {
@@ -51,6 +54,7 @@ struct CUstream_st {
 struct CUevent_st {
     struct capture *capture;  // in which it was recorded last; NULL: outside of any
     long recorded;            // number of that record, from 1; 0: never
+    long operations;          // that were put on any stream before it
     struct progress seen;
 };
 
@@ -59,6 +63,7 @@ static struct CUstream_st legacy_stream;
 static struct capture *captures[MAX_CAPTURES];  // all there ever were: they are asked about later
 static int num_captures, num_under_way;
 static long num_records, num_awaited;  // of events; the host has waited for the first num_awaited
+static long num_operations;            // put on streams so far, replayed nodes among them
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 __attribute__((constructor)) static void make_mutex(void) {
@@ -81,8 +86,8 @@ static cudaStream_t actual(cudaStream_t stream) {
     return is_legacy ? &legacy_stream : stream;
 }
 
-// The capture that a stream is part of, NULL for none. Streams that joined one leave it when it ends;
-// as nobody keeps a list of them, each finds out when it is asked next.
+// The capture that a stream is part of, NULL for none. Streams that joined one leave it when it
+// ends; as nobody keeps a list of them, each finds out when it is asked next.
 static struct capture *capture_of(cudaStream_t stream) {
     stream = actual(stream);
     if (stream->capture && !stream->capture->under_way) stream->capture = NULL;
@@ -125,6 +130,7 @@ int enqueue(cudaStream_t stream, enum count which) {
     } else {
         if (num_under_way) count(STRAYS, 1);
         count(which, 1);
+        num_operations++;
     }
     pthread_mutex_unlock(&mutex);
     return capture != NULL;
@@ -161,7 +167,8 @@ void note_workspace(cudaStream_t stream, void *workspace) {
 
 // Streams ---------------------------------------------------------------------------------------
 
-EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags,
+                                                int priority) {
     (void)flags, (void)priority;
     *stream = calloc(1, sizeof **stream);
     return *stream ? cudaSuccess : failed(cudaErrorMemoryAllocation);
@@ -237,7 +244,9 @@ EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) 
     return *event ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
 
-EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    return cudaEventCreateWithFlags(event, 0);
+}
 
 EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
     free(event);
@@ -250,6 +259,7 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     event->capture = capture_of(stream);
     event->seen = stream->seen;
     event->recorded = ++num_records;
+    event->operations = num_operations;
     return done(cudaSuccess);
 }
 
@@ -284,8 +294,8 @@ EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 
 EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
-    (void)start, (void)end;
-    *milliseconds = 1;  // torch and Triton divide by it
+    // never zero: torch and Triton divide by it
+    *milliseconds = OPERATION_MS * (float)(1 + end->operations - start->operations);
     return cudaSuccess;
 }
 
@@ -386,8 +396,12 @@ EXPORT cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGrap
 }
 
 EXPORT cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
-    if (!enqueue(stream, GRAPH_LAUNCHES)) count(GRAPH_NODES, exec->nodes);
-    return cudaSuccess;
+    lock();
+    if (!enqueue(stream, GRAPH_LAUNCHES)) {
+        count(GRAPH_NODES, exec->nodes);
+        num_operations += exec->nodes;
+    }
+    return done(cudaSuccess);
 }
 
 EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
