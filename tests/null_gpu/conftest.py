@@ -35,17 +35,18 @@ def on_null_gpu(null_gpu: Path, tmp_path_factory: pytest.TempPathFactory) -> OnN
     kept = tmp_path_factory.mktemp("compiled")
 
     def call(
-        *arguments: object, stdin: str = "", variables: dict[str, str] | None = None
+        *arguments: object, stdin: str = "", variables: dict[str, str | None] | None = None
     ) -> subprocess.CompletedProcess[str]:
         caches = {
             "TRITON_CACHE_DIR": str(kept / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"),
             "XDG_CACHE_HOME": str(kept / "cache"),
         }
+        given = {**environment(null_gpu), **caches, **(variables or {})}
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             input=stdin,
-            env={**environment(null_gpu), **caches, **(variables or {})},
+            env={name: value for name, value in given.items() if value is not None},
             capture_output=True,
             text=True,
             timeout=LIMIT_S,

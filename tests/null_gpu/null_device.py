@@ -80,8 +80,8 @@ def workspaces(capture: int) -> set[int]:
 
 
 def install() -> None:
-    """Put stubs in the place of cuDNN's convolutions and BatchNorms: each of its kernels is one that
-    fills with zeros. Tensors of one shape are equal, as they hold nothing."""
+    """Put stubs in the place of cuDNN's convolutions and BatchNorms: for each of its kernels one
+    that fills with zeros. Tensors of one shape are equal, as they hold nothing."""
     import torch
 
     aten = torch.library.Library("aten", "IMPL")

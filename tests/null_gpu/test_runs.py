@@ -71,8 +71,13 @@ def test_a_run_that_is_stopped_goes_on(report, tmp_path, mode):
 
 @pytest.mark.parametrize(
     ("mode", "loader"),
-    [("eager", "torchvision"), ("graph", "torchvision"), ("graph", "device"), ("eager", "synthetic")],
-)  # fmt: skip
+    [
+        ("eager", "torchvision"),
+        ("graph", "torchvision"),
+        ("graph", "device"),
+        ("eager", "synthetic"),
+    ],
+)
 def test_photographs_are_loaded_beside_the_steps(report, tmp_path, mode, loader):
     """By worker processes, through pinned memory and on a stream of their own, also while a step is
     captured; or from where they lie on the device."""
@@ -99,7 +104,7 @@ def test_without_a_c_compiler_a_run_is_slower_and_ends(report, tmp_path):
     tools.mkdir()
     os.symlink(sys.executable, tools / "python")
     variables = {
-        "PATH": str(tools), "CC": "", "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "PATH": str(tools), "CC": None, "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
     }  # fmt: skip
     found = report(variables, mode="auto", backend="inductor", changes={"epochs": 1})
