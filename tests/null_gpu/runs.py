@@ -135,6 +135,7 @@ def work(folder: Path, options: Options) -> Report:
     case = Case(options.method, options.mode, options.arm, options.changes, options.backend)
     with warnings.catch_warnings(record=True) as caught, compiling_by(options.backend):
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # within torch's own modules
         for number in range(options.runs):
             root = folder / str(number)
             root.mkdir(parents=True)

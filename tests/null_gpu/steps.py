@@ -167,6 +167,7 @@ def attempt(case: Case) -> Result:
     logging.getLogger("torch").addHandler(log)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # within torch's own modules
         try:
             torch.compiler.reset()
             run(case, result)

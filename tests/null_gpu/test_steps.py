@@ -37,6 +37,8 @@ OPTIONS = {
     "fp32": {"precision": "fp32"},
     "joint paths": {"step": {"joint_paths": True}},
 }
+# Those that change what a compiled region is given; the others are outside of them.
+TRACED = ("accumulation", "loss warm-up", "all of them", "fp32", "joint paths")
 
 
 def case(method, mode, backend="none", arm=None, label="", **changes):
@@ -66,12 +68,13 @@ def groups():
     """Name -> cases that share a process."""
     made = {
         f"{mode}: methods": [case(m, mode, backend) for m in METHODS]
-        for mode, backend in (("eager", "none"), ("compile", "aot_eager"), ("graph", "aot_eager"))
+        for mode, backend in (("eager", "none"), ("compile", "eager"), ("graph", "aot_eager"))
     }
     for mode, backend in (("eager", "none"), ("compile", "eager"), ("graph", "none")):
         made[f"{mode}: options"] = [
             case("dfpt", mode, backend, label=label, **changes)
             for label, changes in OPTIONS.items()
+            if mode != "compile" or label in TRACED
         ]
         # Alternating steps are two, which is refused as one graph.
         arms = [a for a in ARMS if (mode, a) != ("graph", "alternating")]
