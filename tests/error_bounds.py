@@ -152,7 +152,7 @@ def excess(found: Tensor, expected: Computed) -> float:
 
 
 class RootMeanSquares:
-    """Errors relative to the root mean square of their tensor, over all elements of many cases.
+    """Errors over all elements of many cases, relative to the size of what they are errors of.
 
     How large the largest of one draw is depends on luck; the mean over thousands does not.
     """
@@ -160,9 +160,13 @@ class RootMeanSquares:
     def __init__(self) -> None:
         self._squares: dict[str, Tensor] = {}
 
-    def add(self, key: str, found: Tensor, exact: Tensor) -> None:
-        exact = exact.double()
-        total = (found.double() - exact).square().sum() / exact.square().mean()
+    def add(self, key: str, found: Tensor, exact: Tensor, *, scale: Tensor | None = None) -> None:
+        """The size is the root mean square of `exact`, unless a scale is given for each element."""
+        exact = exact.detach().double()
+        if scale is None:
+            scale = exact.square().mean().sqrt()
+        error = found.detach().double() - exact
+        total = torch.where(error == 0, 0.0, error / scale).square().sum()
         more = torch.stack([total, torch.tensor(float(exact.numel()))])
         self._squares[key] = self._squares.get(key, torch.zeros(2)) + more
 
