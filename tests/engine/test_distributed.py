@@ -39,6 +39,7 @@ def load_worker():
 
 
 worker = load_worker()
+HANG_S = 600  # far beyond what a busy machine takes
 
 
 def start_processes(size: int, args: list[str]) -> None:
@@ -60,7 +61,11 @@ def start_processes(size: int, args: list[str]) -> None:
                 text=True,
             )
         )
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=HANG_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
 
 
@@ -74,7 +79,7 @@ def torchrun(*args: str, options: str = "", size: int = 2, harm: str | None = No
         program = [str(WORKER), "command", *args]
     env = {**os.environ, **({"DFPTKD_TEST_HARM": harm} if harm else {})}
     return subprocess.run(
-        [*launcher, *program], env=env, capture_output=True, text=True, timeout=120
+        [*launcher, *program], env=env, capture_output=True, text=True, timeout=HANG_S
     )
 
 

@@ -3,6 +3,7 @@
 Run by ../test_triton_interpreter.py.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -130,9 +131,15 @@ def bounds(case, returned_y):
     )  # fmt: skip
 
 
+@functools.cache
+def results(case):
+    """`ours`, once for two tests: the interpreter is slow."""
+    return ours(case)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_are_within_those_of_rounding(case):
-    found = ours(case)
+    found = results(case)
     expected = bounds(case, found[0])
     for name, value in zip(LABELS, found, strict=True):
         assert (value is not None) == (name in expected), name
@@ -146,7 +153,7 @@ def test_errors_are_at_most_twice_those_of_eager():
     means, names = RootMeanSquares(), set()
     for case in (c for c in CASES if c.dtype == FP32):
         truth = reference(case, torch.float64)
-        for side, values in (("ours", ours(case)), ("eager", reference(case, FP32))):
+        for side, values in (("ours", results(case)), ("eager", reference(case, FP32))):
             for name, value, true in zip(LABELS, values, truth, strict=True):
                 if value is not None:
                     names.add(name)
@@ -159,7 +166,7 @@ def test_errors_are_at_most_twice_those_of_eager():
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 def test_the_bounds_tell_a_wrong_kernel_apart(dtype, monkeypatch):
-    """Negative controls: a tap, a channel or an image row's pixel left out of the inputs."""
+    """Negative controls: a tap, a channel or a line of pixels left out."""
     case = replace(CASES[0], dtype=dtype)
     expected = bounds(case, ours(case)[0])
     right = inputs_of(case)
@@ -180,9 +187,11 @@ def test_the_bounds_tell_a_wrong_kernel_apart(dtype, monkeypatch):
     ):
         found = change(name, index)
         print(name, {key: f"{value:.0f}" for key, value in found.items()})
-        assert found["y"] >= (100 if dtype == FP32 else 10)
-        assert found["x"] >= (100 if dtype == FP32 else 10)
-        assert all(value > 1 for value in found.values()), found
+        if dtype == FP32:
+            assert min(found.values()) >= 100, found
+        else:  # one tap is little beside eight or eleven bits
+            least = 1 if name == "partial_weight" else 10
+            assert min(found[key] for key in ("y", "x", "residual")) > least, found
 
 
 def test_two_launches_have_the_same_bits():
