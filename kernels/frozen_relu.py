@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backend import choose
+from .backend import Call, choose_at, decide_at, is_measuring
 
 # The kernels, without autograd: csrc/frozen_relu.cpp implements them for CPU, Triton for CUDA.
 # Tensors are dense, grad_y has the memory layout of x. bits: uint8 [ceil(numel / 8)].
@@ -146,8 +146,13 @@ def frozen_relu(x: Tensor, limit: float | None = None) -> Tensor:
         raise ValueError(f"limit: expected a number above 0, got {limit}")
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _relu(x, limit)
-    backend = choose("frozen_relu", x)
     x = x.contiguous(memory_format=_layout(x))
+    limits = () if limit is None else (float(limit),)
+    at = ("frozen_relu", x, x.shape[1:], limits)
+    if is_measuring():
+        backend = decide_at(Call(lambda x: frozen_relu(x, limit), (x,)), *at)
+    else:
+        backend = choose_at(*at)
     if backend != "reference" and (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):
         return torch.ops.dfptkd.frozen_relu(x, limit)[0]
     # What torch.library adds in Python takes longer than a small activation itself.
