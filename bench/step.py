@@ -224,7 +224,7 @@ def at_once(setting: Setting, mode: str, seeds: int) -> list[TrainStep]:
     for step in steps if seeds > 1 else ():
         step.method.share_teacher(steps[0].method)
         step.run_beside_others()
-        step.share_images(None if step is steps[0] else steps[0])
+        step.share_batches(None if step is steps[0] else steps[0])
     return steps
 
 
