@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..kernels import backend
-from ..kernels.backend import BACKENDS, OPERATIONS, Site
+from ..kernels.backend import BACKENDS, COMPOSITES, OPERATIONS, Site
 from .errors import StorageError
 from .files import first_line, write_atomically
 from .log import hardware, versions
@@ -105,7 +105,8 @@ class Choice:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"no choice of a backend: {first_line(error)}") from error
-        is_known = site.operation in OPERATIONS and found.backend in BACKENDS
+        names = (*OPERATIONS, *COMPOSITES)
+        is_known = site.operation in names and found.backend in BACKENDS
         if not is_known or not isinstance(site.dtype, torch.dtype):
             raise ValueError(f"no choice of a backend: {site.operation} by {found.backend}")
         return found

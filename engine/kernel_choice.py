@@ -122,6 +122,13 @@ class KernelChoices:
                 return name, reason
         return None
 
+    def summary(self) -> str:
+        """Which backends serve, in one line."""
+        fast = [c for c in self.table.values() if c.backend != "reference"]
+        names = " and ".join(sorted({c.backend for c in fast}))
+        serves = f"{names} for {len(fast)} of" if fast else "the reference for all"
+        return f"kernels: {serves} {len(self.table)} fused calls (dfptkd doctor lists them)"
+
     def _compiling(self) -> AbstractContextManager[None]:
         """Compiles, though the pass that measures runs everything uncompiled."""
         if self.mode == "eager":

@@ -44,11 +44,12 @@ OPERATIONS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "partial_pointwise_conv": {"native": (torch.float32,), "triton": _FLOATS},
     "batch_norm_affine": {"native": (torch.float32,)},
     "affine_relu": {"native": (torch.float32,), "triton": _FLOATS},
-    # A prompt and fusion pair as a whole: the three above serve it together, or none of them does.
-    "prompt_pair": {"native": (torch.float32,), "triton": _FLOATS},
     "frozen_conv2d": {"native": (torch.float32,)},
     "frozen_relu": {"native": (torch.float32,), "triton": _FLOATS},
 }
+
+# What several operations do together, by one backend or not at all -> the one whose dtypes count.
+COMPOSITES = {"prompt_pair": "partial_pointwise_conv"}
 
 # Operation -> backends that leave it to PyTorch, forced or not: cuDNN convolves well, and a few
 # values a channel need no kernel on a GPU.
@@ -292,7 +293,7 @@ def refusal(backend: str, operation: str, device: str, dtype: torch.dtype) -> st
     """Why `backend` cannot serve calls of this kind, in one phrase; None: it can."""
     if backend == "reference":
         return None
-    dtypes = OPERATIONS[operation].get(backend)
+    dtypes = OPERATIONS[COMPOSITES.get(operation, operation)].get(backend)
     if dtypes is None:
         return f"{operation} has no {backend} backend"
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -304,7 +305,7 @@ def refusal(backend: str, operation: str, device: str, dtype: torch.dtype) -> st
 
 
 def _resolve(operation: str, device: str, dtype: torch.dtype, forced: str | None) -> str:
-    if operation not in OPERATIONS:
+    if operation not in (*OPERATIONS, *COMPOSITES):
         raise ValueError(
             f"unknown operation {operation!r}: expected one of {', '.join(OPERATIONS)}"
         )
@@ -343,7 +344,7 @@ def _log_fallback_once(operation: str, reason: str) -> None:
 def log_fallback(operation: str, device: str, dtype: torch.dtype) -> None:
     """Says once why an operation that has a fast backend for this device cannot take it."""
     fast = _AUTOMATIC.get(device)
-    if fast in OPERATIONS[operation] and operation not in _MEASURED_ONLY:
+    if operation not in _MEASURED_ONLY and fast in OPERATIONS[operation]:
         _log_fallback_once(operation, str(refusal(fast, operation, device, dtype)))
 
 
