@@ -25,6 +25,7 @@ from dfptkd.engine.errors import UsageError
 from dfptkd.engine.machine import check_machine, check_sizes
 from dfptkd.engine.models.prompt import PromptFusion
 from dfptkd.engine.step import choose_mode
+from dfptkd.kernels import use_backend
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -69,6 +69,7 @@ def parts_of(setting: profiling.Setting, backend: str | None = None) -> list[Par
     """Parts in the order in which a step enters them, repetitions left out."""
     step, entered = setting.step(setting.config.method), []
     batches = setting.batches()
+    step.choose_kernels(next(batches))  # is no step
     with borders(step, entered.append):
         if backend is None:
             step(next(batches), 0)

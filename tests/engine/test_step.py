@@ -208,6 +208,7 @@ def factors(step, count=6):
         seen.append(distillation)
         return forward(images, target, distillation, **frozen)
 
+    step.choose_kernels(batches(count=1)[0])  # is no step
     step.method.forward = spy
     train(step, count=count)
     return seen

@@ -430,7 +430,7 @@ def test_empty_batches_and_images_are_served_natively():
 def test_flops_are_those_of_the_definition():
     x, weight, bias, _ = make_3x3((2, 32, 16, 16, 32))
     x.requires_grad_()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, use_backend("native"):
         frozen_conv2d(x, weight, bias, padding=1).sum().backward()
     assert counter.get_total_flops() == 2 * 2 * 2 * 16 * 16 * 32 * 32 * 9
 
@@ -449,12 +449,14 @@ def test_the_operator_passes_opcheck(transposed, with_bias):
 def test_the_native_backend_compiles_as_one_graph(compiler):
     torch._dynamo.reset()
     case = make_3x3((2, 32, 16, 16, 32))
-    want = in_both_directions(*case)
+    with use_backend("native"):
+        want = in_both_directions(*case)
     x, weight, bias, grad_y = case
     compiled = torch.compile(frozen_conv2d, fullgraph=True, backend=compiler)
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("native"):
         assert torch.equal(compiled(x, weight, bias, padding=1), want[0])
-    y = compiled(x.requires_grad_(), weight, bias, padding=1)
+    with use_backend("native"):
+        y = compiled(x.requires_grad_(), weight, bias, padding=1)
     assert torch.equal(y, want[0])
     assert torch.equal(torch.autograd.grad(y, x, grad_y)[0], want[1])
 
