@@ -158,16 +158,18 @@ def _hardware() -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    return [
-        Finding(
-            package.name,
-            (_version(package.distribution) or "installed") if present else "not installed",
-            present,
-            package.cost,
-        )
-        for package in _OPTIONAL
-        for present in (_has_module(package.module),)
-    ]
+    return [_package(package) for package in _OPTIONAL]
+
+
+def _package(package: _Optional) -> Finding:
+    if not _has_module(package.module):
+        return Finding(package.name, "not installed", False, package.cost)
+    state = _version(package.distribution) or "installed"
+    # Present is not all: what compiles on this machine may fail there.
+    reason = backend.unavailable("triton") if package.name == "triton" else None
+    if reason:
+        state = f"{state}: {reason}"
+    return Finding(package.name, state, reason is None, package.cost)
 
 
 def _apex() -> Finding:

@@ -34,6 +34,7 @@ from .cuda_graph import capture, warm_up
 from .errors import UsageError
 from .files import first_line
 from .kernel_cache import Certificate, Choice, KernelCache
+from .models.per_module_work import CastWeights
 from .timing import Timing, spread, time_call
 
 # The certificate -------------------------------------------------------------------------------
@@ -354,6 +355,17 @@ class _Copy:
             self.tensors.append(own)
         self.leaves = leaves
 
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Let the module have its weights in autocast's dtype, as a step casts them: before."""
+        if self.module is None:
+            return
+        for module, name in CastWeights([self.module], dtype).slots:
+            weight = module._parameters[name]
+            assert weight is not None
+            module._parameters[name] = nn.Parameter(weight.detach().to(dtype))
+        inputs = [t for t in self.tensors if t is not None and t.requires_grad]
+        self.leaves = [*inputs, *(p for p in self.module.parameters() if p.requires_grad)]
+
     def forward(self) -> list[Tensor]:
         """The outputs."""
         found = self.function(*self.tensors)
@@ -428,6 +440,10 @@ def _runnable(
 ) -> Callable[[], object]:
     """A warm call, forward and backward, as the run would make it."""
     own = _Copy(call)
+    first = own.tensors[0]
+    dtype = None if first is None else backend.autocast_dtype(first)
+    if dtype is not None:
+        own.cast_weights(dtype)
     upstream: list[Tensor] = []
     if mode != "eager" and site.operation in _IN_REGIONS:
         own.function = _compiled(own.function, site, options)

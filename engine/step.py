@@ -36,6 +36,7 @@ from .methods import Method, StepOutput
 from .methods.base import BankRows, Samples
 from .metrics import EpochMeter, normaliser
 from .models.parts import Remembered
+from .models.per_module_work import BatchCounters, CastWeights
 from .optim import (
     build_ema,
     build_optimizer,
@@ -157,12 +158,11 @@ class Gate:
             scaled: Gradients come from a scaled fp16 loss: that they overflow now and then is how
                 the scale is found, and only a loss that is not finite counts.
         """
-        finite = total.isfinite()
-        passes = finite & norm.isfinite()
+        both = torch.stack([total, norm]).isfinite()
         if self.world.size > 1:
-            finite, passes = self.world.all_true(torch.stack([finite, passes])).unbind()
-        failed = self.is_open & ~(finite if scaled else passes)
-        passes = passes & self.is_open
+            both = self.world.all_true(both)
+        passes = both.all() & self.is_open
+        failed = self.is_open & ~(both[0] if scaled else passes)
         skipped, in_a_row, seen, last = self.counts.unbind()
         counts = [skipped + failed, (in_a_row + failed) * ~passes, seen + self.is_open]
         self.counts.copy_(torch.stack([*counts, torch.where(failed, seen, last)]))
@@ -258,7 +258,10 @@ class TrainStep:
         moved: list[Tensor] = []
         if not skips_by_itself(self.optimizer):
             moved = [*self.params, *optimizer_tensors(self.optimizer).values()]
-        self.gate = Gate(method.trained_buffers(), device, world, moved)
+        self.counters = BatchCounters(method.trained_networks())
+        self.weights = CastWeights(method.trained_networks(), DTYPES.get(self.precision))
+        statistics = [b for b in method.trained_buffers() if not self.counters.owns(b)]
+        self.gate = Gate(statistics, device, world, moved)
         self.replicas = world.replicate(method)
         self.distillation: float | Tensor = 1.0
         self.is_proven = False
@@ -286,6 +289,12 @@ class TrainStep:
             cache_enabled=self.mode != "graph",
         )
 
+    @contextmanager
+    def training_forward(self) -> Iterator[None]:
+        """Around forward passes in training mode; their counters of batches do not move."""
+        with self.autocast(), self.counters.apart(), self.weights.applied():
+            yield
+
     def plainly(self) -> AbstractContextManager:
         """Runs compiled regions as they were written: for evaluation, whose shapes differ."""
         return nullcontext() if self.mode == "eager" else torch.compiler.set_stance("force_eager")
@@ -312,7 +321,13 @@ class TrainStep:
     def _look(self, batch: Batch) -> None:
         """One forward pass, uncompiled."""
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda), self.autocast(), self.plainly():
+        # What is measured copies its modules, with weights of their own.
+        with (
+            torch.random.fork_rng(cuda),
+            self.autocast(),
+            self.plainly(),
+            self.counters.apart(),
+        ):
             # Images of its own: what is remembered for the run's must be made as the run makes it.
             images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
             self.method(images, labels, 1.0, *self._sample_parts(batch)[0])
@@ -364,7 +379,7 @@ class TrainStep:
         before, failure = self.gate.remember(), None
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(cuda), self.autocast():
+            with torch.random.fork_rng(cuda), self.training_forward():
                 images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
                 samples = self._sample_parts(batch)[0]
                 self.method(images, labels, self.distillation, *samples).total.backward()
@@ -396,7 +411,7 @@ class TrainStep:
         parts = zip(images, self._label_parts(batch), self._sample_parts(batch), strict=True)
         for i, (part, labels, samples) in enumerate(parts, start=1):
             with accumulating(self.replicas, is_last=i == len(images)):
-                with span("forward"), self.autocast():
+                with span("forward"), self.training_forward():
                     frozen = self.frozen_outputs(part)
                     output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
@@ -407,6 +422,7 @@ class TrainStep:
             passes = self._update(outputs, step)
         with span("gate"):
             self.gate.settle(passes, before)
+            self.counters.add(passes * len(outputs))
         if self.method.takes_samples:
             with span("memory"):
                 self.method.remember(self._rows([output for output, _ in outputs]), passes)
@@ -525,7 +541,7 @@ class TrainStep:
     def examine(self, batch: Batch) -> dict[str, float]:
         """Every loss term on a batch as the networks are now, and the total; nothing moves."""
         before = self.gate.remember()
-        with self.autocast(), self.kernels.in_force(), self.plainly():
+        with self.training_forward(), self.kernels.in_force(), self.plainly():
             outputs = [
                 self.method(images, labels, 1.0, *samples)
                 for images, labels, samples in zip(

@@ -20,6 +20,8 @@ import hashlib
 import importlib.util
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -219,6 +221,16 @@ def use_backend(name: str) -> Iterator[None]:
         _scope.forced = before
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` forces on this thread; None: every call takes the best."""
+    return _scope.forced
+
+
+def are_choices_in_force() -> bool:
+    """Whether this thread is inside `use_choices`."""
+    return _scope.choices is not None
+
+
 @contextlib.contextmanager
 def use_choices(choices: Choices) -> Iterator[None]:
     """Puts measured choices in force for this thread inside the `with` block.
@@ -247,8 +259,13 @@ def deciding(decide: Decide) -> Iterator[None]:
 
 
 def unavailable(backend: str) -> str | None:
-    """Why a backend cannot be used on this machine at all, in one phrase; None: it can."""
-    return {"native": _load_native, "triton": _find_triton}.get(backend, lambda: None)()
+    """Why a backend cannot be used on this machine at all, in one phrase; None: it can.
+
+    Where there is a GPU, Triton is asked by compiling and launching one kernel, once a process.
+    """
+    if backend == "native":
+        return _load_native()
+    return _find_triton() if backend == "triton" else None
 
 
 def cache_folder() -> Path:
@@ -279,9 +296,52 @@ def _load_native() -> str | None:
     return None
 
 
-@functools.cache
+def backend_failures() -> tuple[type[Exception], ...]:
+    """Exceptions by which compiled or fused code says that it does not work here.
+
+    For `except backend_failures()`: what Dynamo, Inductor, a compiler that is missing or fails,
+    Triton and the driver raise. torch.OutOfMemoryError is one of them, being a RuntimeError; who
+    would not try anything else after it catches it before.
+    """
+    errors = sys.modules.get("triton.errors")  # not imported: it has raised nothing
+    return (
+        RuntimeError,
+        OSError,  # no compiler, no cache folder
+        subprocess.SubprocessError,  # a compiler that fails
+        ImportError,  # what it made does not load
+        *(() if errors is None else (errors.TritonError,)),
+    )
+
+
 def _find_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not _has_triton():
+        return "triton is not installed"
+    if _probe_triton.cache_info().currsize == 0:
+        # The question costs a machine without a GPU nothing. A capture does not take a probe, nor
+        # does it need one: what was launched before it has asked.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if interpreted or not torch.cuda.is_available() or _is_capturing():
+            return None
+    return _probe_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _probe_triton() -> str | None:
+    try:
+        from .triton_probe import probe
+    except Exception as error:  # an installation that is broken
+        return f"triton does not import: {error}"
+    reason = probe()
+    return None if reason is None else f"triton cannot launch a kernel: {reason}"
 
 
 def fast_backend(device: str) -> str | None:
@@ -337,15 +397,18 @@ def _resolve_at(
 
 
 @functools.cache
-def _log_fallback_once(operation: str, reason: str) -> None:
-    _log.warning("%s: %s; the reference serves it, slower", operation, reason)
+def _log_fallback_once(what: str, reason: str) -> None:
+    _log.warning("%s: %s; the reference serves it, slower", what, reason)
 
 
 def log_fallback(operation: str, device: str, dtype: torch.dtype) -> None:
     """Says once why an operation that has a fast backend for this device cannot take it."""
     fast = _AUTOMATIC.get(device)
     if operation not in _MEASURED_ONLY and fast in OPERATIONS[operation]:
-        _log_fallback_once(operation, str(refusal(fast, operation, device, dtype)))
+        reason = str(refusal(fast, operation, device, dtype))
+        # What the machine lacks is said once and not for each operation.
+        lacking = reason == unavailable(fast)
+        _log_fallback_once("fused operations" if lacking else operation, reason)
 
 
 # torch.compile calls these while it traces and keeps the answer: nothing in a graph changes it.

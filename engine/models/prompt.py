@@ -239,7 +239,8 @@ def _batch_norm(
         sums, squared_sums, norm.weight, norm.bias, count, norm.eps
     )
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)  # type: ignore[union-attr]
         norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)  # type: ignore[union-attr]
     return scale, shift

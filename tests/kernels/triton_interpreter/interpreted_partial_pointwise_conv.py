@@ -13,6 +13,7 @@ from dfptkd.kernels import use_backend
 from dfptkd.kernels.batch_norm import affine_relu_reference
 from dfptkd.kernels.partial_pointwise_conv import partial_pointwise_conv_reference
 from dfptkd.kernels.partial_pointwise_conv_triton import (
+    _add_rows,
     launch_affine_relu,
     launch_affine_relu_backward,
     launch_backward,
@@ -155,6 +156,33 @@ def test_what_is_not_asked_for_is_left_out_and_changes_nothing_else(needs, absen
     every, some = ours(CASES[0])[3:], ours(CASES[0], needs)[3:]
     for name, a, b in zip(NAMES, every, some, strict=True):
         assert b is None if name in absent else torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "first_columns"),
+    [
+        (1, 3, 2),
+        (64, 128, 64),
+        (65, 130, 66),
+        (700, 16, 8),
+        (2048, 40, 20),  # the most of one launch
+        (2049, 40, 20),  # two launches
+        (5000, 33, 33),
+        (4097, 12, 5),
+        (0, 8, 4),
+    ],
+)
+def test_rows_are_added_up_in_every_tile_and_number_of_launches(rows, columns, first_columns):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(rows, columns, generator=generator)
+    found = torch.full((2, columns), torch.nan)
+    for line in found:
+        second = line[first_columns:] if first_columns < columns else None
+        _add_rows(values, line[:first_columns], second)
+    assert torch.equal(*found)
+    # The sum of n terms errs by less than n eps / 2 times their magnitudes, whatever its order.
+    bound = rows * torch.finfo(FP32).eps / 2 * values.double().abs().sum(0)
+    assert ((found[0].double() - values.double().sum(0)).abs() <= bound).all()
 
 
 def test_no_image_at_all():
