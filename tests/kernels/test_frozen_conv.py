@@ -7,6 +7,7 @@ from error_bounds import Computed, RootMeanSquares, exact, excess, products
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfptkd.kernels import backend, frozen_conv, frozen_conv2d, use_backend
+from dfptkd.kernels.backend import Choices, Site, use_choices
 
 # C_in, C_out, kernel, size, options
 CASES = [
@@ -464,37 +465,29 @@ def taken(monkeypatch, *inputs, **options):
 
 
 @needs_native
-def test_the_native_kernel_is_taken_where_it_serves_and_pays(monkeypatch):
+def test_the_native_kernel_is_taken_where_it_serves_and_was_asked_for(monkeypatch):
     x, weight, bias, _ = make_3x3((2, 16, 16, 16, 16))
     same = {"padding": 1}
-    assert taken(monkeypatch, x, weight, bias, **same)
-    assert taken(monkeypatch, x.clone().requires_grad_(), weight, bias, **same)
-    for tensors, options in [
-        ((x, weight, bias), {"padding": 1, "exact": True}),
-        ((x, weight, bias), {"padding": 0}),
-        ((x, weight, bias), {"padding": 1, "stride": 2}),
-        ((x, weight, bias), {"padding": 2, "dilation": 2}),
-        ((x, weight[:, :8], bias), {"padding": 1, "groups": 2}),
-        ((x, weight[..., :1], bias), {"padding": (1, 0)}),
-        ((x.contiguous(), weight, bias), same),
-        ((x.double(), weight.double(), bias.double()), same),
-        ((x.to(torch.bfloat16), weight.to(torch.bfloat16), bias.to(torch.bfloat16)), same),
-    ]:
-        assert not taken(monkeypatch, *tensors, **options)
-    # Too few channels, tiles, outputs in a tile, rows: unless asked for.
-    for shape in [
-        (2, 8, 16, 16, 16),
-        (2, 16, 16, 16, 8),
-        (1, 16, 16, 16, 16),
-        (64, 16, 5, 5, 16),
-        (99, 16, 2, 4, 16),
-    ]:
-        x, weight, bias, _ = make_3x3(shape)
-        assert not taken(monkeypatch, x, weight, bias, **same)
-        with use_backend("native"):
-            assert taken(monkeypatch, x, weight, bias, **same)
-            assert not taken(monkeypatch, x, weight, bias, **same, exact=True)
-            assert not taken(monkeypatch, x.contiguous(), weight, bias, **same)
+    assert not taken(monkeypatch, x, weight, bias, **same)
+    with use_backend("native"):
+        assert taken(monkeypatch, x, weight, bias, **same)
+        assert taken(monkeypatch, x.clone().requires_grad_(), weight, bias, **same)
+        for tensors, options in [
+            ((x, weight, bias), {"padding": 1, "exact": True}),
+            ((x, weight, bias), {"padding": 0}),
+            ((x, weight, bias), {"padding": 1, "stride": 2}),
+            ((x, weight, bias), {"padding": 2, "dilation": 2}),
+            ((x, weight[:, :8], bias), {"padding": 1, "groups": 2}),
+            ((x, weight[..., :1], bias), {"padding": (1, 0)}),
+            ((x.contiguous(), weight, bias), same),
+        ]:
+            assert not taken(monkeypatch, *tensors, **options)
+    site = Site("frozen_conv2d", "cpu", x.dtype, (16, 16, 16), (16, "bias"))
+    with use_choices(Choices({site: "native"})):
+        assert taken(monkeypatch, x, weight, bias, **same)
+        assert taken(monkeypatch, torch.cat([x, x])[:3], weight, bias, **same)
+        assert not taken(monkeypatch, x.clone().requires_grad_(), weight, bias, **same)
+        assert not taken(monkeypatch, x, weight, None, **same)
         with use_backend("reference"):
             assert not taken(monkeypatch, x, weight, bias, **same)
 
@@ -503,9 +496,10 @@ def test_the_native_kernel_is_taken_where_it_serves_and_pays(monkeypatch):
 def test_the_exact_convolution_has_torchs_bits():
     x, weight, bias, _ = make_3x3((2, 32, 16, 16, 32))
     want = F.conv2d(x, weight, bias, padding=1)
-    assert not torch.equal(frozen_conv2d(x, weight, bias, padding=1), want)
-    for pixels in (x, x.clone().requires_grad_()):
-        assert torch.equal(frozen_conv2d(pixels, weight, bias, padding=1, exact=True), want)
+    with use_backend("native"):
+        assert not torch.equal(frozen_conv2d(x, weight, bias, padding=1), want)
+        for pixels in (x, x.clone().requires_grad_()):
+            assert torch.equal(frozen_conv2d(pixels, weight, bias, padding=1, exact=True), want)
 
 
 @needs_native
@@ -528,7 +522,7 @@ def test_empty_batches_and_images_are_served_natively():
 def test_flops_are_those_of_the_definition():
     x, weight, bias, _ = make_3x3((2, 32, 16, 16, 32))
     x.requires_grad_()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, use_backend("native"):
         frozen_conv2d(x, weight, bias, padding=1).sum().backward()
     assert counter.get_total_flops() == 2 * 2 * 2 * 16 * 16 * 32 * 32 * 9
 
@@ -547,12 +541,14 @@ def test_the_operator_passes_opcheck(transposed, with_bias):
 def test_the_native_backend_compiles_as_one_graph(compiler):
     torch._dynamo.reset()
     case = make_3x3((2, 32, 16, 16, 32))
-    want = in_both_directions(*case)
+    with use_backend("native"):
+        want = in_both_directions(*case)
     x, weight, bias, grad_y = case
     compiled = torch.compile(frozen_conv2d, fullgraph=True, backend=compiler)
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("native"):
         assert torch.equal(compiled(x, weight, bias, padding=1), want[0])
-    y = compiled(x.requires_grad_(), weight, bias, padding=1)
+    with use_backend("native"):
+        y = compiled(x.requires_grad_(), weight, bias, padding=1)
     assert torch.equal(y, want[0])
     assert torch.equal(torch.autograd.grad(y, x, grad_y)[0], want[1])
 

@@ -11,6 +11,7 @@ from dfptkd.engine.config import PromptConfig
 from dfptkd.engine.models import prompt
 from dfptkd.engine.models.prompt import PromptFusion
 from dfptkd.kernels import backend, use_backend
+from dfptkd.kernels.backend import Choices, Site, use_choices
 
 NO_NATIVE = backend.unavailable("native")
 pytestmark = pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))
@@ -131,15 +132,19 @@ def test_one_value_a_channel_is_refused_in_training_as_by_torch():
             pair(torch.randn(1, 32, 1, 1))
 
 
-def test_a_wide_prompt_block_stays_eager_unless_forced():
-    x = torch.zeros(1, 512, 4, 4)
-    wide = PromptFusion(512).prompt
-    assert not wide.is_fused(x)
+def test_a_pair_is_fused_where_a_measurement_or_the_caller_says_so_alone():
+    pair, x = PromptFusion(16), torch.zeros(1, 16, 4, 4)
+    assert pair.backend(x) == "reference"
+    site = Site("prompt_pair", "cpu", torch.float32, (16, 4, 4), pair.words)
+    with use_choices(Choices({site: "native"})):
+        assert pair.backend(x) == "native"
+        assert pair.backend(torch.zeros(7, 16, 4, 4)) == "native"  # whatever the batch
+        assert pair.backend(torch.zeros(1, 16, 4, 5)) == "reference"
+        assert PromptFusion(16, PromptConfig(kernels=(3, 5))).backend(x) == "reference"
+        with use_backend("reference"):
+            assert pair.backend(x) == "reference"
     with use_backend("native"):
-        assert wide.is_fused(x)
-    assert PromptFusion(64).prompt.is_fused(x[:, :64])
-    with use_backend("reference"):
-        assert not PromptFusion(64).prompt.is_fused(x[:, :64])
+        assert pair.backend(x) == "native"
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -149,8 +154,9 @@ def test_a_fused_pair_compiles_as_one_graph(format):
     compiled = copy.deepcopy(eager)
     run_compiled = torch.compile(compiled, fullgraph=True, dynamic=False)
     x, grad = torch.randn(2, 4, 32, 9, 7)
-    for forward in (eager, run_compiled):
-        forward(x).backward(grad)
+    with use_backend("native"):
+        for forward in (eager, run_compiled):
+            forward(x).backward(grad)
     for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         scale = max(1.0, a.grad.abs().max().item())
         torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-4 * scale, msg=name)
