@@ -66,7 +66,8 @@ class JointStep:
         self.stream = torch.cuda.Stream(first.device) if self.captured else None
 
     def lay_down(self, step: TrainStep, batch: Batch, number: int) -> None:
-        """A run's next step, number `number`, on `batch`; nothing of it happens yet."""
+        """A run's next step, number `number`, on `batch`; nothing of it moves anything yet."""
+        step.choose_kernels_once(batch)
         self.generators[step].take_over()
         self.waiting[step] = Part(step, batch, number)
 
@@ -138,14 +139,14 @@ class JointStep:
             sources: For each run, which of the batches it takes.
         """
         first, count = parts[0].step, max(sources) + 1
-        with span("normalise"):
+        with span("normalise"), first.kernels.in_force():
             images = first.normalise(batch)
-        with span("forward"), first.autocast():
+        with span("forward"), first.autocast(), first.kernels.in_force():
             known = _frozen_outputs(first, images, count)
         batches, image_shares = batch.chunk(count), images.chunk(count)
         with self._branches([part.step for part in parts]) as branches:
             for (step, _, number), source, branch in zip(parts, sources, branches, strict=True):
-                with branch, self.generators[step].installed():
+                with branch, self.generators[step].installed(), step.kernels.in_force():
                     own = image_shares[source].chunk(step.config.accumulate)
                     step.learn(batches[source], own, number, known[source])
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backend import choose, forced_backend
+from .backend import Call, are_choices_in_force, choose_at, decide_at, forced_backend, is_measuring
 
 # The kernels, without autograd: csrc/frozen_relu.cpp implements them for CPU, Triton for CUDA.
 # Tensors are dense, grad_y has the memory layout of x. bits: uint8 [ceil(numel / 8)].
@@ -148,9 +148,15 @@ def frozen_relu(x: Tensor, limit: float | None = None) -> Tensor:
         raise ValueError(f"limit: expected a number above 0, got {limit}")
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _relu(x, limit)
-    backend = choose("frozen_relu", x)
     x = x.contiguous(memory_format=_layout(x))
-    if backend == "triton" and torch.compiler.is_compiling() and forced_backend() is None:
+    limits = () if limit is None else (float(limit),)
+    at = ("frozen_relu", x, x.shape[1:], limits)
+    if is_measuring():
+        backend = decide_at(Call(lambda x: frozen_relu(x, limit), (x,)), *at)
+    else:
+        backend = choose_at(*at)
+    is_told = forced_backend() is not None or are_choices_in_force()
+    if backend == "triton" and torch.compiler.is_compiling() and not is_told:
         backend = "reference"
     if backend != "reference" and (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):
         return torch.ops.dfptkd.frozen_relu(x, limit)[0]
