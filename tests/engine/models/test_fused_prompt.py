@@ -81,7 +81,7 @@ def test_errors_of_the_fused_pair_are_at_most_twice_those_of_the_modules(config,
     for kind in ("output", "gradient", "buffer"):
         ours, eager = means[f"native {kind}"], means[f"reference {kind}"]
         print(f"{kind}: {ours:.1e} {eager:.1e}")
-        # A variance is a difference of sums here, which costs the bits that its terms are larger by.
+        # A variance is a difference of sums here: it loses the bits that its terms are larger by.
         least = 4 * FP32 if kind == "buffer" else 0
         assert ours <= max(2 * eager, least), kind
     pair = make_pair(config).train(training)
