@@ -6,6 +6,7 @@ versions, threads and the sources of `kernels/` are those that it was measured w
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -222,12 +223,22 @@ def _describe_device(device: str) -> dict[str, Any]:
         capability = torch.cuda.get_device_capability()
         about |= {
             "capability": list(capability),
-            "driver": torch._C._cuda_getDriverVersion(),
+            "driver": _driver_version(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "triton": versions().get("triton"),
         }
     return about
+
+
+def _driver_version() -> int | None:
+    """The CUDA version that the driver takes, 13000 for 13.0, which torch has no function for."""
+    version = ctypes.c_int()
+    try:
+        error = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    return None if error else version.value
 
 
 def _digest(machine: dict[str, Any]) -> str:
