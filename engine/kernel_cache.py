@@ -222,7 +222,7 @@ def _describe_device(device: str) -> dict[str, Any]:
         capability = torch.cuda.get_device_capability()
         about |= {
             "capability": list(capability),
-            "driver": torch._C._cuda_getDriverVersion(),
+            "driver": torch._C._cuda_getDriverVersion(),  # type: ignore[attr-defined]
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "triton": versions().get("triton"),

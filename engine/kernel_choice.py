@@ -350,6 +350,7 @@ class _Copy:
             own = None if tensor is None else tensor.detach().clone()
             if own is not None and own.is_floating_point():
                 own = own.double() if exact and call.exact is None else own
+                assert tensor is not None
                 own.requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
                 leaves = [own, *leaves] if own.requires_grad else leaves
             self.tensors.append(own)
