@@ -13,7 +13,8 @@ SOAK_CYCLES ?= 200
 TEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile
 # The lowest versions in setup.py; triton comes with torch.
 FLOOR := .venv-floor
-FLOOR_VERSIONS := torch==2.11.0 torchvision==0.26.0
+# numpy: the interpreter of Triton 3.6 fails with newer ones.
+FLOOR_VERSIONS := torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 FLOOR_TESTS ?= tests/kernels tests/engine/methods tests/engine/test_step.py tests/null_gpu
 
 .PHONY: install test test-floor lint native demo aot soak

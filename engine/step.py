@@ -416,7 +416,8 @@ class TrainStep:
                     output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
                     share = len(labels) / len(batch.labels)
-                    self.scaler.scale(output.total * share).backward()
+                    total = output.total if share == 1 else output.total * share
+                    self.scaler.scale(total).backward()
             outputs.append((output, len(labels)))
         with span("optimizer"):
             passes = self._update(outputs, step)
@@ -463,7 +464,8 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         moving = [p for p in self.params if p.grad is not None]
         norm = get_total_norm([p.grad for p in moving])
-        total = torch.stack([output.total.detach() for output, _ in outputs]).sum()
+        totals = [output.total.detach() for output, _ in outputs]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         passes = self.gate.judge(total, norm, self.scaler.is_enabled())
         if self.config.optim.clip_grad_norm is not None:
             clip_grads_with_norm_(moving, self.config.optim.clip_grad_norm, norm)

@@ -55,3 +55,12 @@ def pytest_unconfigure() -> None:
 def _no_data_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test finds only the data that it names."""
     monkeypatch.delenv("DFPTKD_DATA", raising=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables that tests have made (`record_property("table", text)`)."""
+    reports = [r for state in ("passed", "failed") for r in terminalreporter.stats.get(state, [])]
+    for report in reports:
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "table":
+                terminalreporter.write_line(f"\n{text}")

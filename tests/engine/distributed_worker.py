@@ -251,11 +251,12 @@ def numbers(world):
 
 def hang(world):
     """Rank 1 comes too late: rank 0 ends its wait with an error, and not never."""
-    started = time.monotonic()
+    started, ended = time.monotonic(), Path(sys.argv[2]) / "hang-rank0.json"
     try:
         with world.connected(CPU, timeout_s=2):
             if world.rank == 1:
-                time.sleep(4)
+                while time.monotonic() < started + 60 and not ended.exists():
+                    time.sleep(0.1)
             else:
                 world.exchange(None)
     except RuntimeError as error:
