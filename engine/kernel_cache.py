@@ -6,7 +6,6 @@ versions, threads and the sources of `kernels/` are those that it was measured w
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -223,7 +222,7 @@ def _describe_device(device: str) -> dict[str, Any]:
         capability = torch.cuda.get_device_capability()
         about |= {
             "capability": list(capability),
-            "driver": _driver_version(),
+            "driver": _driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "triton": versions().get("triton"),
@@ -231,14 +230,12 @@ def _describe_device(device: str) -> dict[str, Any]:
     return about
 
 
-def _driver_version() -> int | None:
-    """The CUDA version that the driver takes, 13000 for 13.0, which torch has no function for."""
-    version = ctypes.c_int()
+def _driver() -> str:
+    """Version of NVIDIA's kernel module; empty where none is to be seen, as in some containers."""
     try:
-        error = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        return None
-    return None if error else version.value
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _digest(machine: dict[str, Any]) -> str:

@@ -141,8 +141,8 @@ def test_a_cuda_graph_replays_it(pair, images):
         assert torch.equal(a, b)
 
 
-def test_on_cuda_it_stays_eager_until_forced(pair, images):
+def test_it_stays_eager_until_a_measurement_or_the_caller_says_otherwise(pair, images):
     assert which_backend("partial_pointwise_conv", images[0]) == "triton"
-    assert not pair.prompt.is_fused(images[0])
+    assert pair.backend(images[0]) == "reference"
     with use_backend("triton"):
-        assert pair.prompt.is_fused(images[0])
+        assert pair.backend(images[0]) == "triton"
