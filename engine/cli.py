@@ -35,7 +35,7 @@ VERBS = {
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
     "verify-data": "find images that cannot be decoded: dfptkd verify-data DIR [--out FILE]",
-    "bench": "measurements side by side: dfptkd bench kernels|step|data|overhead|optim [options]",
+    "bench": "measurements: dfptkd bench kernels|step|data|overhead|optim|first|compare [options]",
     "study": "a declared set of runs, and its record: dfptkd study NAME --budget full|short|cpu",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
@@ -535,7 +535,7 @@ def _profile(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    parts = ("kernels", "step", "data", "overhead", "optim")
+    parts = ("kernels", "step", "data", "overhead", "optim", "first", "compare")
     if not args or args[0] not in parts:
         raise UsageError(f"bench: expected what to measure, one of: {' '.join(parts)}")
     package = __package__.rpartition(".")[0]
