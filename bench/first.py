@@ -345,7 +345,12 @@ def _steps(
 ) -> None:
     """Steps of one method; `table`: the side whose kernels are listed."""
     found = measure(
-        [setting], providers, rounds=sizes.rounds, seeds=sizes.seeds, failures=report.failures
+        [setting],
+        providers,
+        rounds=sizes.rounds,
+        seeds=sizes.seeds,
+        of_seeds=[_fastest(setting.device)],
+        failures=report.failures,
     )
     for side, measured in found:
         report.row(measured.row, _circumstances(measured))
@@ -355,11 +360,11 @@ def _steps(
 
 
 def _circumstances(measured: Measured) -> str:
-    parts = [f"{images_per_second(measured.row):,.0f} images/s"]
+    speed = images_per_second(measured.row)
+    parts = [f"{speed:,.0f} images/s"]
     if "plain" in measured.beside:
-        parts.append(
-            f"{measured.beside['plain'] / measured.row.median_us:.2f}x plain's speed a step"
-        )
+        its_row = replace(measured.row, provider="plain", median_us=measured.beside["plain"])
+        parts.append(f"{speed / images_per_second(its_row):.2f}x those of plain")
     parts.append(f"first after {measured.first_seconds:.0f} s")
     if measured.host is not None:
         parts.append(f"{measured.host.launches} launches, {measured.host.syncs} waits")

@@ -228,7 +228,7 @@ def at_once(
     for step in found if seeds > 1 else ():
         step.method.share_teacher(found[0].method)
         step.run_beside_others()
-        step.share_images(None if step is found[0] else found[0])
+        step.share_batches(None if step is found[0] else found[0])
     return found
 
 
@@ -404,6 +404,7 @@ def measure(
     *,
     rounds: int,
     seeds: Sequence[int] = (1,),
+    of_seeds: Sequence[str] = PROVIDERS,
     failures: Failures | None = None,
 ) -> Iterator[tuple[Side, Measured]]:
     """All methods of one pair, each side as it is done; vanilla KD by our own steps alone.
@@ -415,13 +416,15 @@ def measure(
         providers: Names of sides.
         rounds: Timed steps of each.
         seeds: Numbers of seeds at once, of our sides.
+        of_seeds: The providers of which more than one seed is measured.
         failures: Takes a side that fails, and the rest goes on; None: it is raised.
     """
     comparison = Comparison()
     wanted = [(p, s) for p in providers for s in settings if _applies(p, s.method)]
     for provider, setting in wanted:
         try:
-            for label, side in build_sides(setting, provider, seeds):
+            counts = seeds if provider in of_seeds else (1,)
+            for label, side in build_sides(setting, provider, counts):
                 comparison.check(setting, label, side)
                 beside = comparison.beside(setting, label)
                 yield side, _measure(setting, label, side, beside, rounds)

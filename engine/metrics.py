@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import normalize_images
 from ..kernels.dual_path_loss import kl_rows, upcast
+from .cuda_graph import capture, warm_up
 from .data import Batch, ImageData, test_batches
 from .distributed import SINGLE, World
 from .methods import Method, StepOutput
@@ -112,6 +113,7 @@ class CapturedForward:
         self.forward = forward
         self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """The output for `images`, in memory of its own."""
@@ -124,14 +126,9 @@ class CapturedForward:
 
     def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         inputs = images.clone()
-        side = torch.cuda.Stream(images.device)
-        side.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(side):
-            self.forward(inputs)
-        torch.cuda.current_stream(images.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = self.forward(inputs)
+        self.stream = self.stream or torch.cuda.Stream(images.device)
+        warm_up(lambda: self.forward(inputs), self.stream, 1)
+        graph, output = capture(lambda: self.forward(inputs), self.stream, self.pool)
         return graph, inputs, output
 
 

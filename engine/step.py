@@ -25,9 +25,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..kernels import use_backend
 from .checkpoint import optimizer_tensors
 from .config import RunConfig
+from .cuda_graph import capture, warm_up
 from .data import Batch, ImageData
 from .distributed import SINGLE, World, accumulating
-from .errors import UsageError
+from .errors import DfptkdError, UsageError
 from .files import first_line
 from .guards import Certificate, certify
 from .methods import Method, StepOutput
@@ -250,6 +251,7 @@ class TrainStep:
         self.meter = EpochMeter(method.term_names, device, world)
         self.normalise = normaliser(data, DTYPES.get(self.precision, torch.float32))
         self.image_parts = self._image_parts
+        self.frozen_outputs = method.frozen_outputs
         self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -263,6 +265,9 @@ class TrainStep:
         self.fallback: str | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream: torch.cuda.Stream | None = None
+        self.capture_stream: torch.cuda.Stream | None = None
+        if self.mode == "graph":
+            self.capture_stream = torch.cuda.Stream(device)
         if self.mode != "eager":
             self._compile()
 
@@ -320,9 +325,9 @@ class TrainStep:
         before = self.gate.remember()
         try:
             self._run(batch, step)
-        except torch.OutOfMemoryError:  # eager would need no less
+        except (torch.OutOfMemoryError, DfptkdError):  # eager would need no less memory
             raise
-        except RuntimeError as error:  # of Dynamo, of a compiler, of a capture
+        except Exception as error:  # of Dynamo, of Triton, of a C compiler, of a capture
             if self.mode == "eager" or self.config.step.mode != "auto":
                 raise
             # Nothing else has moved: a step fails before it updates, a capture with the gate shut.
@@ -343,9 +348,9 @@ class TrainStep:
                 images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
                 samples = self._sample_parts(batch)[0]
                 self.method(images, labels, self.distillation, *samples).total.backward()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, DfptkdError):
             raise
-        except RuntimeError as error:
+        except Exception as error:  # as in `_first`
             if self.config.step.mode != "auto":
                 raise
             failure = first_line(error)
@@ -372,7 +377,8 @@ class TrainStep:
         for i, (part, labels, samples) in enumerate(parts, start=1):
             with accumulating(self.replicas, is_last=i == len(images)):
                 with span("forward"), self.autocast(), self.loss_backend():
-                    output = self.replicas(part, labels, self.distillation, *samples)
+                    frozen = self.frozen_outputs(part)
+                    output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
                     share = len(labels) / len(batch.labels)
                     self.scaler.scale(output.total * share).backward()
@@ -449,12 +455,14 @@ class TrainStep:
         if not self.warmup_steps:
             return
         factor = min(1.0, step / self.warmup_steps)
-        if self.mode == "eager":
+        if self.mode == "eager" and (self.device.type == "cpu" or factor == 1.0):
             self.distillation = factor
-        else:  # a number would be compiled, or captured, as a constant
-            if not isinstance(self.distillation, Tensor):
-                self.distillation = torch.ones((), device=self.device)
-            self.distillation.fill_(factor)
+            return
+        # A number would be compiled, or captured, as a constant; an eager step on a GPU would copy
+        # the weights that it makes from the host, and wait for the copy.
+        if not isinstance(self.distillation, Tensor):
+            self.distillation = torch.ones((), device=self.device)
+        self.distillation.fill_(factor)
 
     def restore(self, steps: int) -> None:
         """Set schedule, learning rates and counts to where they stand after `steps` steps."""
@@ -479,10 +487,16 @@ class TrainStep:
         if self.mode == "graph":
             self.stream = torch.cuda.Stream(self.device)
 
-    def share_images(self, other: TrainStep | None = None) -> None:
-        """Normalise a batch that several runs take once, as `other` does; a graph does its own."""
-        if self.mode != "graph":
-            self.image_parts = Remembered(self._image_parts) if other is None else other.image_parts
+    def share_batches(self, other: TrainStep | None = None) -> None:
+        """Normalise a batch that several runs take once, and run the frozen teacher once on it, as
+        `other` does; a graph does its own."""
+        if self.mode == "graph":
+            return
+        if other is None:
+            self.image_parts = Remembered(self._image_parts)
+            self.frozen_outputs = Remembered(self.method.frozen_outputs)
+        else:
+            self.image_parts, self.frozen_outputs = other.image_parts, other.frozen_outputs
 
     def glance(self) -> SkipCounts | None:
         """See `Gate.glance`."""
@@ -536,32 +550,24 @@ class TrainStep:
         self.inputs = batch.clone()
         rates_to_device(self.optimizer, self.device)
         random = torch.cuda.get_rng_state(self.device)
-        here = torch.cuda.current_stream(self.device)
-        side = torch.cuda.Stream(self.device)
         self.gate.is_open.fill_(False)
-        side.wait_stream(here)
+        assert self.capture_stream is not None
         try:
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP_STEPS):
-                    self.body(self.inputs, 0)
-            here.wait_stream(side)
-            self._record()
+            warm_up(lambda: self.body(self.inputs, 0), self.capture_stream, WARMUP_STEPS)
+            self._record(self.capture_stream)
         finally:
             torch.cuda.synchronize(self.device)  # nothing may still look at the gate
             torch.cuda.set_rng_state(random, self.device)
             self.gate.is_open.fill_(True)
 
-    def _record(self) -> None:
+    def _record(self, stream: torch.cuda.Stream) -> None:
         """The capture itself.
 
         Raises:
             UsageError: It failed; what the allocator then holds rules out going on in this process.
         """
-        self.graph = torch.cuda.CUDAGraph()
         try:
-            # Threads that load data may talk to the device meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.body(self.inputs, 0)
+            self.graph, _ = capture(lambda: self.body(self.inputs, 0), stream)
         except RuntimeError as error:
             raise UsageError(
                 f"step.mode={self.config.step.mode!r}: a step cannot be captured as a CUDA graph "

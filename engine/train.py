@@ -46,7 +46,7 @@ from .preemption import StopRequest, stop_on_signal
 from .resume import check_same_state, start_of_main
 from .run_record import run_record
 from .run_state import RunState
-from .step import SkipCounts, TrainStep
+from .step import SkipCounts, TrainStep, choose_mode
 from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
 from .together import RandomState, SharedBatches, take_turns
 from .watchdog import Watchdog
@@ -134,6 +134,10 @@ def run_seeds(config: RunConfig, world: World | None = None) -> list[RunResult]:
         prepare_torch(config)
         data = world.everywhere(lambda: load_data(config.data, device))
         check_sizes(config, data, world)
+        if choose_mode(config, device, world.size)[0] != "eager":
+            # Each traced teacher is a class of its own, for which compiled code is made anew; what
+            # earlier runs of this process have left would count against Dynamo's limit.
+            torch.compiler.reset()
         made = []
         for seed in seeds:
             own = dataclasses.replace(config, seed=seed, seeds=None)
@@ -249,10 +253,10 @@ def share(runs: Sequence[Pending]) -> None:
         start = 0 if run.checkpoint is None else run.checkpoint.step
         first = groups.setdefault((trainer.batches.seed, start), trainer)
         if first is trainer:
-            trainer.step.share_images()
+            trainer.step.share_batches()
         else:
             trainer.batches = first.batches
-            trainer.step.share_images(first.step)
+            trainer.step.share_batches(first.step)
 
 
 class Trainer:

@@ -87,7 +87,8 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     autograd.Function is out of autocast's sight, so the cast is ours.
     """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    # torch.amp.is_autocast_available says the same, and Dynamo of torch 2.11 cannot trace it.
+    if x.dtype == torch.float64 or device not in _AUTOMATIC:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

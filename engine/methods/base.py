@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LossConfig, OptimConfig
-from ..models.parts import Remembered
+from ..models.dual_path import FrozenOutputs
 
 Factor = float | Tensor
 
@@ -69,15 +69,34 @@ class Method(nn.Module):
         self.student = student
         self.loss = loss
 
-    def forward(self, images: Tensor, target: Tensor, distillation: Factor = 1.0) -> StepOutput:
-        """One forward pass of every network and all loss terms."""
-        return self.losses(*self.all_logits(images), target, distillation)
+    def frozen_outputs(self, images: Tensor) -> FrozenOutputs | None:
+        """What the frozen teacher makes of images [B, 3, H, W], for `forward`; None where nothing
+        can be computed apart from the rest."""
+        return None
+
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        distillation: Factor = 1.0,
+        *,
+        frozen: FrozenOutputs | None = None,
+    ) -> StepOutput:
+        """One forward pass of every network and all loss terms.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            target: int64 [B].
+            distillation: Warm-up factor.
+            frozen: `frozen_outputs` of the images, where they are known already.
+        """
+        return self.losses(*self.all_logits(images, frozen), target, distillation)
 
     def remember(self, rows: BankRows, passes: Tensor) -> None:
         """Keep the `rows` of a step, of all parts and processes, if it passes (0-d bool)."""
         raise NotImplementedError
 
-    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+    def all_logits(self, images: Tensor, frozen: FrozenOutputs | None = None) -> tuple[Tensor, ...]:
         """Logits [B, C] of every network, in the order that `losses` takes them."""
         raise NotImplementedError
 
@@ -109,7 +128,7 @@ class Method(nn.Module):
         return None
 
     def share_teacher(self, other: Method) -> None:
-        """Use the frozen teacher of `other`, an equal one; computed once for the same images."""
+        """Hold the frozen teacher of `other`, an equal one, in place of one's own."""
 
     def trained_networks(self) -> list[nn.Module]:
         """Everything that runs in training mode."""
@@ -134,7 +153,6 @@ class FrozenTeacherMethod(Method):
     def __init__(self, student: nn.Module, teacher: nn.Module, loss: LossConfig) -> None:
         super().__init__(student, loss)
         self.teacher = teacher.eval().requires_grad_(False)
-        self.teacher_once: Remembered | None = None
 
     def train(self, mode: bool = True) -> FrozenTeacherMethod:
         """Training mode for the student alone."""
@@ -151,12 +169,14 @@ class FrozenTeacherMethod(Method):
 
     def share_teacher(self, other: Method) -> None:
         assert isinstance(other, FrozenTeacherMethod)
-        if other.teacher_once is None:
-            other.teacher_once = Remembered(other.teacher_logits)
-        self.teacher, self.teacher_once = other.teacher, other.teacher_once
+        self.teacher = other.teacher
 
-    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.student(images), (self.teacher_once or self.teacher_logits)(images)
+    def frozen_outputs(self, images: Tensor) -> FrozenOutputs:
+        return FrozenOutputs(None, self.teacher_logits(images))
+
+    def all_logits(self, images: Tensor, frozen: FrozenOutputs | None = None) -> tuple[Tensor, ...]:
+        frozen = self.frozen_outputs(images) if frozen is None else frozen
+        return self.student(images), frozen.logits
 
     def teacher_logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():

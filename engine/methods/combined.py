@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...kernels import DualPathWeights
 from ..config import LossConfig, OptimConfig
 from ..errors import UsageError
-from ..models.dual_path import DualPathTeacher
+from ..models.dual_path import DualPathTeacher, FrozenOutputs
 from ..models.parts import pooled
 from ..models.stages import Stages, split_stages
 from .base import BankRows, Factor, Samples, StepOutput, below
@@ -89,10 +89,12 @@ class CombinedDistillation(DualPathDistillation):
         target: Tensor,
         distillation: Factor = 1.0,
         samples: Samples | None = None,
+        *,
+        frozen: FrozenOutputs | None = None,
     ) -> StepOutput:
         if not self.takes_features:
-            return super().forward(images, target, distillation)
-        (teacher, prompt), knowledge = self.teacher.with_features(images)
+            return super().forward(images, target, distillation, frozen=frozen)
+        (teacher, prompt), knowledge = self.teacher.with_features(images, frozen)
         if self._pieces is None:  # not before: BatchNorms may be exchanged after a method is built
             self._pieces = _cut(self.student)
         student, features = self.student_with_features(images)

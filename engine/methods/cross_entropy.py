@@ -17,7 +17,7 @@ class CrossEntropy(Method):
 
     term_names = ("ce",)
 
-    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
+    def all_logits(self, images: Tensor, frozen: None = None) -> tuple[Tensor, ...]:
         return (self.student(images),)
 
     def losses(self, student: Tensor, target: Tensor, distillation: Factor) -> StepOutput:  # type: ignore[override]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...kernels import DualPathWeights, dual_path_loss
 from ...kernels.dual_path_loss import upcast
 from ..config import LossConfig, OptimConfig
-from ..models.dual_path import DualPathTeacher
+from ..models.dual_path import DualPathTeacher, FrozenOutputs
 from .base import Factor, FrozenTeacherMethod, Method, StepOutput, below
 
 TERMS = (
@@ -34,12 +34,14 @@ TERMS = (
 def path_weights(loss: LossConfig, distillation: Factor) -> DualPathWeights | Tensor:
     """The six weights, KL terms scaled by the warm-up factor `distillation`; [6] for a tensor."""
     if isinstance(distillation, Tensor):
-        whole, labels = path_weights(loss, 1.0).numbers(), path_weights(loss, 0.0).numbers()  # type: ignore[union-attr]
-        weights = [
-            distillation.new_full((), fixed) + (weight - fixed) * distillation
-            for weight, fixed in zip(whole, labels, strict=True)
-        ]
-        return torch.stack(weights)
+        fixed = {"student_ce", "prompt_ce"}
+        weights = {term: getattr(loss, term) for term in TERMS}
+        return torch.stack(
+            [
+                distillation.new_full((), weight) if term in fixed else weight * distillation
+                for term, weight in weights.items()
+            ]
+        )
     return DualPathWeights(
         student_ce=loss.student_ce,
         student_teacher=loss.student_teacher * distillation,
@@ -69,7 +71,10 @@ class DualPathDistillation(Method):
 
     def share_teacher(self, other: Method) -> None:
         assert isinstance(other, DualPathDistillation)
-        self.teacher.share_original(other.teacher)
+        self.teacher.original = other.teacher.original
+
+    def frozen_outputs(self, images: Tensor) -> FrozenOutputs | None:
+        return self.teacher.frozen_outputs(images)
 
     def trained_networks(self) -> list[nn.Module]:
         return [*super().trained_networks(), *self.teacher.trained_networks()]
@@ -77,8 +82,8 @@ class DualPathDistillation(Method):
     def trained_buffers(self) -> list[Tensor]:
         return [*super().trained_buffers(), *self.teacher.trained_buffers()]
 
-    def all_logits(self, images: Tensor) -> tuple[Tensor, ...]:
-        teacher_logits, prompt_logits = self.teacher(images)
+    def all_logits(self, images: Tensor, frozen: FrozenOutputs | None = None) -> tuple[Tensor, ...]:
+        teacher_logits, prompt_logits = self.teacher(images, frozen)
         return self.student(images), prompt_logits, teacher_logits
 
     def losses(  # type: ignore[override]
@@ -148,22 +153,26 @@ class MixtureControl(FrozenTeacherMethod):
 
     term_names = TERMS[:3]
 
+    def __init__(self, student: nn.Module, teacher: nn.Module, loss: LossConfig) -> None:
+        super().__init__(student, teacher, loss)
+        # here and not where the losses are traced: Dynamo of torch 2.11 knows no `replace`
+        self.student_only = dataclasses.replace(
+            loss, mixture_control=False, prompt_ce=0.0, prompt_teacher=0.0, prompt_student=0.0
+        )
+
     def losses(  # type: ignore[override]
         self, student: Tensor, teacher: Tensor, target: Tensor, distillation: Factor
     ) -> StepOutput:
         # In fp32 under autocast too: bf16 would round the mixture's log-probabilities.
         student, teacher = upcast(student), upcast(teacher)
         mixture = self.mixture_logits(student.detach(), teacher, target)
-        student_only = dataclasses.replace(
-            self.loss, mixture_control=False, prompt_ce=0.0, prompt_teacher=0.0, prompt_student=0.0
-        )
         result = dual_path_loss(
             student,
             mixture,
             teacher,
             target,
             tau=self.loss.tau,
-            weights=path_weights(student_only, distillation),
+            weights=path_weights(self.student_only, distillation),
             label_smoothing=self.loss.label_smoothing,
             reverse_kl=self.loss.reverse_kl,
         )

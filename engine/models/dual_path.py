@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..errors import UsageError
 from .frozen import freeze
-from .parts import Remembered, pooled
+from .parts import pooled
 from .prompt import PromptFusion
 from .stages import Stages, split_stages
 
@@ -33,6 +33,17 @@ class DualPathOutput(NamedTuple):
 
     teacher_logits: Tensor
     prompt_logits: Tensor
+
+
+class FrozenOutputs(NamedTuple):
+    """What a frozen teacher makes of a batch, without a graph: all that does not depend on what is
+    trained."""
+
+    shared: Tensor | None
+    """[B, C, H, W], the output of the stages that both paths of a dual-path teacher share (of none:
+    the images); None where there is no prompt path."""
+    logits: Tensor
+    """[B, num_classes]."""
 
 
 class Trunk(nn.Module):
@@ -142,7 +153,6 @@ class DualPathTeacher(nn.Module):
             raise UsageError("joint paths: expected a frozen backbone in eval mode (dfpt)")
         self.joint = joint
         self.original.shared = self.shared_stages
-        self.original_once: Remembered | None = None
         self.train()
 
     def _new_head(self) -> nn.Module:
@@ -200,13 +210,26 @@ class DualPathTeacher(nn.Module):
         frozen = {k: v for k, v in self.state_dict().items() if k not in trained}
         self.load_state_dict({**state, **frozen})  # whatever `state` says of the teacher
 
-    def forward(self, images: Tensor) -> DualPathOutput:  # images [B, 3, H, W], normalised
+    def frozen_outputs(self, images: Tensor) -> FrozenOutputs | None:
+        """The original path: what `forward` would compute without a graph; None where it computes
+        both paths as one batch. Images [B, 3, H, W], normalised."""
         if self.joint:
-            return DualPathOutput(*self.both_paths(images))
-        original = self.original if self.original_once is None else self.original_once
+            return None
         with torch.no_grad():
-            shared, teacher_logits = original(images)
-        return DualPathOutput(teacher_logits, self.continue_from(shared))
+            return FrozenOutputs(*self.original(images))
+
+    def forward(self, images: Tensor, frozen: FrozenOutputs | None = None) -> DualPathOutput:
+        """Logits of both paths.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            frozen: `frozen_outputs` of the images, where they are known already.
+        """
+        frozen = self.frozen_outputs(images) if frozen is None else frozen
+        if frozen is None:
+            return DualPathOutput(*self.both_paths(images))
+        assert frozen.shared is not None
+        return DualPathOutput(frozen.logits, self.continue_from(frozen.shared))
 
     def both_paths(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the original and of the prompt path, as one batch of twice the size."""
@@ -240,13 +263,16 @@ class DualPathTeacher(nn.Module):
             shared = self.original.start(images, self.shared_stages)
         return self.continue_from(shared)
 
-    def with_features(self, images: Tensor) -> tuple[DualPathOutput, Tensor]:
+    def with_features(
+        self, images: Tensor, frozen: FrozenOutputs | None = None
+    ) -> tuple[DualPathOutput, Tensor]:
         """As `forward`, but never joint; and the prompt path's features [B, C]: see `pooled`."""
-        original = self.original if self.original_once is None else self.original_once
-        with torch.no_grad():
-            shared, teacher_logits = original(images)
-        prompt_logits, features = self.continue_with_features(shared)
-        return DualPathOutput(teacher_logits, prompt_logits), features
+        if frozen is None:
+            with torch.no_grad():
+                frozen = FrozenOutputs(*self.original(images))
+        assert frozen.shared is not None
+        prompt_logits, features = self.continue_with_features(frozen.shared)
+        return DualPathOutput(frozen.logits, prompt_logits), features
 
     def continue_from(self, x: Tensor) -> Tensor:
         """The prompt path from the output of the shared stages on (of none: the images)."""
@@ -272,12 +298,6 @@ class DualPathTeacher(nn.Module):
         for name in ("both_paths", "continue_from", "continue_with_features"):
             written = getattr(type(self), name).__get__(self)  # not what was compiled before
             setattr(self, name, torch.compile(written, **options))
-
-    def share_original(self, other: DualPathTeacher) -> None:
-        """Use the original path of `other`, an equal one; computed once for the same images."""
-        if other.original_once is None:
-            other.original_once = Remembered(other.original)
-        self.original, self.original_once = other.original, other.original_once
 
     @contextmanager
     def prompt_norms(self) -> Iterator[dict[str, Tensor]]:

@@ -203,9 +203,9 @@ def factors(step, count=6):
     """The warm-up factor that the method is called with in each step."""
     seen, forward = [], step.method.forward
 
-    def spy(images, target, distillation=1.0):
+    def spy(images, target, distillation=1.0, **frozen):
         seen.append(distillation)
-        return forward(images, target, distillation)
+        return forward(images, target, distillation, **frozen)
 
     step.method.forward = spy
     train(step, count=count)
