@@ -130,7 +130,13 @@ def disagreement(case: Case) -> Disagreement:
     exact = case.exact()
     # A gradient may be zero by mathematics, as that of a shift before a BatchNorm: what there is of
     # it is rounding, and small beside the others.
-    least = 1e-3 * max(t.norm().item() for t in exact)
+    largest = max(t.norm().item() for t in exact)
+    if not 0 < largest < float("inf"):
+        raise RuntimeError(
+            f"{case.operation}: its own fp64 result has the norm {largest}: the device does not "
+            "compute"
+        )
+    least = 1e-3 * largest
     norms = [max(t.norm().item(), least) for t in exact]
     errors = [
         [(a.double() - t).norm().item() / n for a, t, n in zip(found, exact, norms, strict=True)]

@@ -226,7 +226,7 @@ def check_kernels(
             with report.going_on(name):
                 found = disagreement(case)
                 distance = (
-                    "same bits as eager"
+                    "compared with eager bit by bit"
                     if case.exact is None
                     else f"{found.ours:.1e} from fp64, eager {found.eager:.1e}, "
                     f"allowed {found.allowed:.1e}"

@@ -118,10 +118,11 @@ def checked(case: Case, failures: Failures | None = None) -> list[str]:
     for name, output in case.providers.items():
         try:
             for value, truth in zip(tensors_of(output()), expected, strict=True):
-                error = (value.detach().double() - truth).norm()
-                if not error <= case.tolerance * truth.norm():
+                error = (value.detach().double() - truth).norm().item()
+                norm = truth.norm().item()
+                if not error <= case.tolerance * norm:
                     raise RuntimeError(
-                        f"{case.operation} by {name}: off by {(error / truth.norm()).item():.2e} "
+                        f"{case.operation} by {name}: off by {error / norm if norm else error:.2e} "
                         "from the reference"
                     )
             found.append(name)

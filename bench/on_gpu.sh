@@ -16,8 +16,9 @@
 # Exit codes: 0 all ran; 1 a step failed; 124 none failed, but time was up for some; 2 usage; 3 data;
 # of study its own.
 #
-# PYTHON   interpreter                     SMALL=1   first: tiny networks, to try it out
-# BUDGET   seconds for all of it           LIMIT     most seconds of a step
+# PYTHON   interpreter                     LIMIT      most seconds of a step
+# BUDGET   seconds for all of it           OPERATORS  of first: those that are checked (all)
+# SMALL=1  of first: tiny networks, to try it out
 # DATA     of data: folder with a folder of images for each class; of study: folder with
 #          cifar-100-binary, or with the script that unpacks it
 # MINUTES  of study: stop and save after so long (3)
@@ -27,14 +28,14 @@ set -uo pipefail # no -e: a step that fails must not end the part
 # part | seconds | step | what it is, and its arguments
 steps=$(
   cat << 'EOF'
-first         | 25  | environment | first environment
-first         | 55  | kernels     | first kernels
+first         | 20  | environment | first environment
+first         | 75  | kernels     | first kernels
 first         | 15  | ceilings    | first ceilings
-first         | 90  | modes       | first modes
-first         | 170 | cifar       | first cifar
-first         | 80  | pairs       | first pairs
-first         | 20  | grouped     | first grouped
-first         | 100 | imagenet    | first imagenet
+first         | 85  | modes       | first modes
+first         | 160 | cifar       | first cifar
+first         | 70  | pairs       | first pairs
+first         | 15  | grouped     | first grouped
+first         | 95  | imagenet    | first imagenet
 first         | 40  | sanitizer   | sanitizer all
 loss          | 70  | tests       | tests kernels/test_fused_loss_gpu.py kernels/test_normalize_images_gpu.py
 loss          | 40  | sanitizer   | sanitizer dual_path_loss,distillation_loss,normalize_images
@@ -82,7 +83,7 @@ child=
 trap 'rm -rf "$path"' EXIT
 trap '[ -z "$child" ] || kill "$child"; exit 130' INT TERM
 ln -s "$root" "$path/dfptkd"
-export PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=99
 dfptkd=("$python" -m dfptkd.engine.cli)
 
 say() { printf '%s\n' "$*" | tee -a "$log"; }
@@ -132,7 +133,7 @@ run() {
 
 first() {
   run "$step" "$seconds" "${dfptkd[@]}" bench first "$1" --device cuda ${SMALL:+--small} \
-    --out "$out/results.csv"
+    --operators "${OPERATORS:-all}" --out "$out/results.csv"
 }
 
 tests() {
@@ -236,7 +237,9 @@ esac
 
 rows() { if [ -f "$out/results.csv" ]; then wc -l < "$out/results.csv"; else echo 1; fi; }
 before=$(rows)
-nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv 2>&1 | tee -a "$log"
+if command -v nvidia-smi > /dev/null; then
+  nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.sm --format=csv 2>&1 | tee -a "$log"
+fi
 while IFS='|' read -r of seconds step what; do
   read -r of <<< "$of"
   [ "$of" = "$part" ] || continue
@@ -246,9 +249,8 @@ while IFS='|' read -r of seconds step what; do
   "${command[@]}"
 done <<< "$steps"
 
-listed() { local IFS=,; echo "${*//,/, }"; }
-say "== $part: $ok ok, failed: $(listed "${failed[@]:-none}"), cut: $(listed "${cut[@]:-none}")," \
-  "not run for lack of time: $(listed "${not_run[@]:-none}"); $(($(rows) - before)) rows in" \
-  "$out/results.csv; $SECONDS s"
+listed() { if (($#)); then printf '%s' "$1"; (($# < 2)) || printf ', %s' "${@:2}"; else printf none; fi; }
+say "== $part: $ok ok; failed: $(listed "${failed[@]}"); cut: $(listed "${cut[@]}"); not run for lack" \
+  "of time: $(listed "${not_run[@]}"); $(($(rows) - before)) rows in $out/results.csv; $SECONDS s"
 ((${#failed[@]} == 0)) || exit 1
 ((${#cut[@]} + ${#not_run[@]} == 0)) || exit 124
