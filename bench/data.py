@@ -229,16 +229,22 @@ def print_rows(rows: Sequence[Row], setting: Setting) -> None:
     )
 
 
+def installed() -> list[str]:
+    """The loaders that are there."""
+    try:
+        choose_loader(DataConfig(name="folder", loader="dali"))
+    except UsageError:
+        return [loader for loader in LOADERS if loader != "dali"]
+    return list(LOADERS)
+
+
 def _available(names: str | None) -> list[str]:
     """The loaders that were asked for, or those that are there."""
     if names:
         return parse_names("--loaders", names, LOADERS)
-    try:
-        choose_loader(DataConfig(name="folder", loader="dali"))
-    except UsageError:
+    if "dali" not in installed():
         print("DALI is not installed: torchvision and synthetic alone")
-        return [loader for loader in LOADERS if loader != "dali"]
-    return list(LOADERS)
+    return installed()
 
 
 def _setting(options: argparse.Namespace) -> Setting:

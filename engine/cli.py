@@ -98,7 +98,8 @@ def _overview() -> str:
     lines += [f"  {verb:<14} {text}" for verb, text in VERBS.items()]
     lines += ["", "recipes: " + " ".join(recipe_names()), "arms:    " + " ".join(arms())]
     lines += ["", "dfptkd train RECIPE --help lists every option."]
-    lines += ["exit codes: 0 done, 1 defect, 2 usage, 3 data, 4 numeric, 5 storage, 75 stopped"]
+    lines += ["exit codes: 0 done, 1 defect, 2 usage, 3 data, 4 numeric, 5 storage, 75 stopped;"]
+    lines += ["of bench compare also 6: something got slower"]
     return "\n".join(lines)
 
 
