@@ -19,6 +19,7 @@
 # PYTHON   interpreter                     LIMIT      most seconds of a step
 # BUDGET   seconds for all of it           OPERATORS  of first: those that are checked (all)
 # SMALL=1  of first: tiny networks, to try it out
+# SLOW     times as much for everything (1)
 # DATA     of data: folder with a folder of images for each class; of study: folder with
 #          cifar-100-binary, or with the script that unpacks it
 # MINUTES  of study: stop and save after so long (3)
@@ -28,14 +29,14 @@ set -uo pipefail # no -e: a step that fails must not end the part
 # part | seconds | step | what it is, and its arguments
 steps=$(
   cat << 'EOF'
-first         | 20  | environment | first environment
-first         | 75  | kernels     | first kernels
-first         | 15  | ceilings    | first ceilings
-first         | 85  | modes       | first modes
+first         | 30  | environment | first environment
+first         | 70  | kernels     | first kernels
+first         | 20  | ceilings    | first ceilings
+first         | 80  | modes       | first modes
 first         | 160 | cifar       | first cifar
 first         | 70  | pairs       | first pairs
-first         | 15  | grouped     | first grouped
-first         | 95  | imagenet    | first imagenet
+first         | 20  | grouped     | first grouped
+first         | 90  | imagenet    | first imagenet
 first         | 40  | sanitizer   | sanitizer all
 loss          | 70  | tests       | tests kernels/test_fused_loss_gpu.py kernels/test_normalize_images_gpu.py
 loss          | 40  | sanitizer   | sanitizer dual_path_loss,distillation_loss,normalize_images
@@ -73,7 +74,8 @@ out=$(realpath "${OUT:-$root/bench/out}")
 python=${PYTHON:-python3}
 most=240
 [ "$part" != first ] || most=540
-end=$((SECONDS + ${BUDGET:-$most}))
+slow=${SLOW:-1}
+end=$((SECONDS + ${BUDGET:-$most} * slow))
 log=$out/$part.txt
 : > "$log"
 
@@ -95,6 +97,7 @@ run() {
   local step=$1 limit=$2 left=$((end - SECONDS)) started=$SECONDS size follower
   shift 2
   ((limit <= ${LIMIT:-$limit})) || limit=$LIMIT
+  limit=$((limit * slow))
   code=124
   if ((left < 5)); then
     say "== $step: not run, no time is left"
