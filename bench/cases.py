@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.config import PromptConfig
+from ..engine.kernel_choice import KernelChoices
 from ..engine.models import PromptFusion
 from ..kernels import (
     affine_relu,
@@ -69,8 +70,7 @@ class Case:
     @property
     def ours(self) -> str | None:
         """The provider that is a fused backend; None where none serves."""
-        fused = (name for name in self.providers if name.startswith(("ours[", "forced[")))
-        return next((name for name in fused if "reference" not in name), None)
+        return next((name for name in self.providers if name.startswith("ours[")), None)
 
     def learned(self, provider: str) -> list[Tensor]:
         """All that gets a gradient from a call of `provider`."""
@@ -159,6 +159,20 @@ def disagreement(case: Case) -> Disagreement:
     return Disagreement(*worst)
 
 
+def by_choice(call: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """`call` by the backend that a run would choose here, measured in eager mode: auto[BACKEND]."""
+    kernels = KernelChoices()
+    with kernels.deciding():
+        call()
+    (name,) = set(kernels.choices.values()) or {"reference"}
+
+    def run() -> Tensor:
+        with kernels.in_force():
+            return call()
+
+    return {f"auto[{name}]": run}
+
+
 # Losses
 # -----------------------------------------------------------------------
 
@@ -202,7 +216,13 @@ def fused_total(operation: str, x: Logits) -> Tensor:
 
 
 def loss_case(
-    operation: str, rows: int, classes: int, dtype: torch.dtype, device: torch.device
+    operation: str,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    auto: bool = True,
 ) -> Case:
     """`dual_path_loss` or `distillation_loss` of random logits [rows, classes]."""
     x = make_logits(rows, classes, dtype, device)
@@ -213,6 +233,8 @@ def loss_case(
     backend = which_backend(operation, x.student)
     if backend != "reference":
         found[f"ours[{backend}]"] = lambda: fused_total(operation, x)
+    if auto:
+        found |= by_choice(lambda: fused_total(operation, x))
     if x.student.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
         found["liger"] = _liger(operation, x)
     # Each logit read once, each gradient written once.
@@ -270,12 +292,13 @@ def pair_case(
     width: int,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    auto: bool = True,
     compile_options: CompileOptions = TUNED,
 ) -> Case:
     """A training-mode `PromptFusion` of defaults on the output [B, C, H, W] of a stage.
 
-    `ours[...]` is what the pair does by itself; where it stays eager, `forced[...]` is the fused
-    backend that it decided against.
+    `ours[...]` is the fused backend, whether it pays or not.
     """
     size = (batch, channels, height, width)
     x, upstream = _activations(2, size, dtype, device)
@@ -299,14 +322,14 @@ def pair_case(
         return torch.compile(run, **compile_options) if compile_options else run
 
     fast = which_backend("partial_pointwise_conv", x)
-    is_fused = pair.prompt.is_fused(x)
     found = {
         "eager": provider("reference"),
         "compile": provider("reference", dynamic=False, **compile_options.get(device.type, {})),
-        f"ours[{fast if is_fused else 'reference'}]": provider(None),
     }
-    if not is_fused and fast != "reference":
-        found[f"forced[{fast}]"] = provider(fast)
+    if fast != "reference":
+        found[f"ours[{fast}]"] = provider(fast)
+    if auto:
+        found |= by_choice(provider(None))
 
     def exact() -> list[Tensor]:
         own, leaf = copy.deepcopy(pair).double(), x.detach().double().requires_grad_()
@@ -346,7 +369,14 @@ def _activations(
 
 
 def images_case(
-    batch: int, height: int, width: int, channels: int, dtype: torch.dtype, device: torch.device
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    auto: bool = True,
 ) -> Case:
     """`normalize_images` of random images [B, H, W, 3], with crop (padding 4) and flip."""
     generator = torch.Generator().manual_seed(0)
@@ -371,6 +401,8 @@ def images_case(
     backend = which_backend(IMAGES, images, dtype)
     if backend != "reference":
         found[f"ours[{backend}]"] = run
+    if auto:
+        found |= by_choice(run)
     return Case(
         IMAGES,
         size,
@@ -568,25 +600,35 @@ def cases(
     device: torch.device,
     dtype: torch.dtype,
     operators: Sequence[str] = USUAL,
+    *,
+    auto: bool = True,
 ) -> Iterator[Case]:
     """Cases of `operators` on every shape: the losses where it has two numbers, images where the
-    last of four is 3, all others on the other shapes of four."""
+    last of four is 3, all others on the other shapes of four.
+
+    `auto`: what a run would choose is a provider too, and measured for that.
+    """
     for shape in shapes:
         for operation in operators:
             if (operation in LOSSES, operation == IMAGES) == (len(shape) == 2, shape[-1] == 3):
                 torch.compiler.reset()  # one case's graphs are of no use to the next
-                yield make_case(operation, shape, dtype, device)
+                yield make_case(operation, shape, dtype, device, auto=auto)
 
 
 def make_case(
-    operation: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    operation: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    auto: bool = False,
 ) -> Case:
-    """One of `OPERATORS` on a shape that is one of its own."""
+    """One of `OPERATORS` on a shape that is one of its own; `auto` as in `cases`."""
     sizes: Any = shape
     if operation in LOSSES:
-        return loss_case(operation, *sizes, dtype, device)
+        return loss_case(operation, *sizes, dtype, device, auto=auto)
     if operation == IMAGES:
-        return images_case(*sizes, dtype, device)
+        return images_case(*sizes, dtype, device, auto=auto)
     if operation == PAIR:
-        return pair_case(*sizes, dtype, device)
+        return pair_case(*sizes, dtype, device, auto=auto)
     return operator_case(operation, *sizes, dtype, device)

@@ -219,7 +219,7 @@ def check_kernels(
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
     for dtype in dtypes:
-        for case in cases(sizes.checked, device, dtype, operators):
+        for case in cases(sizes.checked, device, dtype, operators, auto=False):
             if case.ours is None:
                 continue
             name = f"{case.operation} {'x'.join(map(str, case.shape))} {dtype} {case.ours}"
@@ -403,7 +403,13 @@ def pairs(report: Report, device: torch.device, sizes: Sizes) -> None:
     for shape in sizes.stages:
         with report.going_on(f"pair {shape}"):
             torch.compiler.reset()
-            _case(report, pair_case(*shape, dtype, device, AS_A_RUN), dtype, device, sizes)
+            _case(
+                report,
+                pair_case(*shape, dtype, device, compile_options=AS_A_RUN),
+                dtype,
+                device,
+                sizes,
+            )
 
 
 def grouped(report: Report, device: torch.device, sizes: Sizes) -> None:

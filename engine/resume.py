@@ -28,7 +28,7 @@ MAY_CHANGE = {
     "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
     "data.timeout", "teacher.weights", "teacher.expected_top1", "teacher.train_if_missing",
     "teacher.epochs", "teacher.lr", "teacher.global_batch", "step.mode", "step.joint_paths",
-    "step.max_skips", "step.max_skips_in_a_row", "step.max_rewinds", "step.timeout",
+    "kernels", "step.max_skips", "step.max_skips_in_a_row", "step.max_rewinds", "step.timeout",
 }  # fmt: skip
 
 
