@@ -95,8 +95,8 @@ def test_a_grouped_convolution_is_the_same_by_a_batched_product():
 
 @needs_native
 def test_the_check_of_a_first_gpu_says_which_kernel_is_wrong(monkeypatch, tmp_path, capsys):
-    def with_a_wrong_one(*args):
-        for case in cases(*args):
+    def with_a_wrong_one(*args, **options):
+        for case in cases(*args, **options):
             is_wrong = case.operation == "affine_relu"
             yield with_ours(case, lambda y: y * 1.001) if is_wrong else case
 
