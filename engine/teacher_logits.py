@@ -370,13 +370,19 @@ class TeacherLogits:
         places = (self.known & ~self.kept).nonzero()[:, 0]
         return places.numpy(), _bytes(self.table[places])
 
-    def keep(self, log: RunLog, step: int) -> None:
-        """Say what is to be said at the end of an epoch, and add to the file what is new."""
+    def keep(self, method: Method, log: RunLog, step: int) -> None:
+        """Say what is to be said at the end of an epoch, and add to the file what is new.
+
+        Args:
+            method: Of the run whose epoch has ended; of several the first speaks for all.
+            log: Of that run.
+            step: Where it stands.
+        """
         if self._trouble is not None:
             message = f"teacher logits are no longer remembered: {self._trouble}"
             log.warn("teacher_logits", message, step)
             self._trouble = None
-        if self.asked:
+        if self.asked and method is self.method:
             share = 100 * self.hits / self.asked
             log.event("teacher_logits", f"{share:.1f} % of {self.asked} images were known", step)
             self.asked = self.hits = 0

@@ -637,7 +637,7 @@ class Trainer:
     def keep_logits(self) -> None:
         """Add the teacher logits that are new to their file."""
         if self.logits is not None:
-            self.logits.keep(self.log, self.progress.step)
+            self.logits.keep(self.method, self.log, self.progress.step)
 
     def note(self, epoch: float, test: dict[str, float]) -> bool:
         """Remember an evaluation; whether the student is the best so far."""
