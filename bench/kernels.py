@@ -3,7 +3,8 @@ eager PyTorch, torch.compile and, for the losses on CUDA, Liger-Kernel.
 
 Same process, same tensors, interleaved; random values, never zeros; `dynamic=False`. Every
 provider's output is checked against the reference before it is timed. A loss's "forward" of ours
-holds the gradients already; compare forward+backward.
+holds the gradients already; compare forward+backward. `ours[...]` is the fused backend, `auto[...]`
+what a run in eager mode would choose here by its own measurement, forward and backward.
 
     dfptkd bench kernels [--shapes 128x100,64x64x32x32] [--device cuda] [--rounds 50] [--out FILE]
 

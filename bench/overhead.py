@@ -57,10 +57,12 @@ def make_side(setting: Setting, backend: str | None) -> Side:
     dual: Any = step.method.teacher
     batch = next(train_batches(data.train, batch_size=setting.batch, seed=0, epoch=0))
     images = step.normalise(batch)
+    if backend is None:
+        step.choose_kernels(batch)
 
     def served(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            with step.autocast():
+            with step.autocast(), step.kernels.in_force():
                 if backend is None:
                     return call()
                 with use_backend(backend):

@@ -2,7 +2,13 @@
 
 from typing import Any
 
-_HOME = {"RunConfig": "config", "RunResult": "train", "run": "train", "evaluate": "metrics"}
+_HOME = {
+    "RunConfig": "config",
+    "RunResult": "train",
+    "run": "train",
+    "evaluate": "metrics",
+    "measured_kernels": "kernel_choice",
+}
 __all__ = list(_HOME)
 
 

@@ -449,6 +449,11 @@ class RunConfig:
     """auto: bf16 autocast on CUDA, fp32 on CPU; fp16 with gradient scaling."""
     deterministic: bool = False
     """Deterministic algorithms only: two runs give the same bits."""
+    kernels: Literal["auto", "reference", "native", "triton"] = "auto"
+    """Backend of the fused operations. auto: what is measured to be faster than eager PyTorch (or
+    what it is compiled to) on this machine, call by call, and remembered; reference: PyTorch alone;
+    native (CPU), triton (CUDA): wherever it can serve. Each serves only where it agrees with fp64
+    on the first batch."""
     out: str | None = None
     """Output folder; absent: <output root>/<recipe>-<method>-seed<N>."""
     out_root: str = "runs"

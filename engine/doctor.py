@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ..kernels import backend, build_native, normalize_images
 from .apex_optimizers import BUILD
 from .errors import DfptkdError, StorageError, UsageError
+from .kernel_cache import KernelCache, cache_path
 
 
 class Finding(NamedTuple):
@@ -31,6 +33,9 @@ class _Optional(NamedTuple):
     distribution: str
     cost: str
 
+
+# The newest versions that the tests have run with; the lowest are setup.py's.
+NEWEST_TESTED = {"torch": (2, 14, 1), "torchvision": (0, 29, 1), "triton": (3, 8)}
 
 _OPTIONAL = (
     _Optional(
@@ -66,7 +71,39 @@ def run_doctor(build_native: bool = False) -> int:
         print(f"built {_build_library()}")
     core = _core()
     _print_table([*_versions(), *_hardware(), *_packages(), _apex(), _native(), core])
+    newer = newer_than_tested()
+    if newer:
+        print(f"warning: {newer}")
+    print_kernels()
     return 0 if core.ok else 1
+
+
+def newer_than_tested() -> str:
+    """Which packages are newer than any that the tests have run with, in one line; else empty."""
+    found = []
+    for name, tested in NEWEST_TESTED.items():
+        version = _version(name)
+        release = re.match(r"\d+(\.\d+)*", version or "0")
+        numbers = tuple(map(int, release[0].split("."))) if release else (0,)
+        if numbers[: len(tested)] > tested:
+            found.append(f"{name} {version} (tested up to {'.'.join(map(str, tested))})")
+    return f"newer than tested: {', '.join(found)}" if found else ""
+
+
+def print_kernels() -> None:
+    """What the runs on this machine have measured, a line for each fused call."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = [line for d in sorted({device, "cpu"}) for line in KernelCache("").of_machine(d)]
+    if not known:
+        print(f"kernels: nothing measured on this machine yet ({cache_path()})")
+        return
+    print(f"kernels chosen on this machine ({cache_path()}; medians of forward and backward):")
+    for mode, choice in known:
+        medians = ", ".join(f"{name} {us:,.0f} us" for name, us in choice.median_us.items())
+        parts = [
+            f"{mode:7} {choice.site.device} {choice}, {choice.images} images: {choice.backend}"
+        ]
+        print("  " + "; ".join([*parts, choice.why, *([medians] if medians else [])]))
 
 
 def _build_library() -> Path:
@@ -121,16 +158,18 @@ def _hardware() -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    return [
-        Finding(
-            package.name,
-            (_version(package.distribution) or "installed") if present else "not installed",
-            present,
-            package.cost,
-        )
-        for package in _OPTIONAL
-        for present in (_has_module(package.module),)
-    ]
+    return [_package(package) for package in _OPTIONAL]
+
+
+def _package(package: _Optional) -> Finding:
+    if not _has_module(package.module):
+        return Finding(package.name, "not installed", False, package.cost)
+    state = _version(package.distribution) or "installed"
+    # Present is not all: what compiles on this machine may fail there.
+    reason = backend.unavailable("triton") if package.name == "triton" else None
+    if reason:
+        state = f"{state}: {reason}"
+    return Finding(package.name, state, reason is None, package.cost)
 
 
 def _apex() -> Finding:

@@ -8,6 +8,7 @@ from .config import RunConfig
 from .data import ImageData
 from .distributed import SINGLE, World
 from .errors import UsageError
+from .kernel_choice import check_kernels
 from .step import choose_mode
 
 
@@ -15,10 +16,11 @@ def check_machine(config: RunConfig, world: World) -> torch.device:
     """The device of this process; refuses, before anything is read, what cannot run here.
 
     Raises:
-        UsageError: No such device, execution mode, or way to cut a batch.
+        UsageError: No such device, execution mode, backend, or way to cut a batch.
     """
     device = pick_device(config, world)
     choose_mode(config, device, world.size)
+    check_kernels(config.kernels, device)
     parts = world.size * config.accumulate
     if config.global_batch % parts:
         raise UsageError(

@@ -36,11 +36,13 @@ class EpochMeter:
     def add(self, output: StepOutput, num_images: int, counts: Tensor | None = None) -> None:
         """Count one step of `num_images` images, unless `counts` (0-d bool) is false."""
         losses = [output.total.detach(), *(output.terms[name] for name in self.term_names)]
-        prompt = output.prompt_correct
-        hits = [output.student_correct, output.student_correct * 0 if prompt is None else prompt]
-        row = torch.stack([x.double() for x in losses]) * num_images
-        row = torch.cat([row, row.new_full((1,), num_images), torch.stack(hits).double()])
-        self.sums += row if counts is None else torch.where(counts, row, 0.0)
+        hits = [output.student_correct]
+        hits += [] if output.prompt_correct is None else [output.prompt_correct]
+        means, counted = torch.stack(losses).double(), torch.stack(hits).double()
+        row = torch.cat([means * num_images, means.new_full((1,), num_images), counted])
+        if counts is not None:
+            row = torch.where(counts, row, 0.0)
+        self.sums[: len(row)] += row
 
     def reset(self) -> None:
         """Start a new epoch."""

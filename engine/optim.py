@@ -190,12 +190,12 @@ def update_ema(ema: AveragedModel, student: nn.Module, decay: float, passes: Ten
     share = torch.where(ema.n_averaged == 0, 1.0, 1.0 - decay) * passes
     averaged = [*ema.module.parameters(), *ema.module.buffers()]
     current = [*student.parameters(), *student.buffers()]
-    floating = [a.is_floating_point() for a in averaged]
-    ours = [a for a, f in zip(averaged, floating, strict=True) if f]
-    step = torch._foreach_sub([c for c, f in zip(current, floating, strict=True) if f], ours)
+    pairs = list(zip(averaged, current, strict=True))
+    ours, theirs = zip(*((a, c) for a, c in pairs if a.is_floating_point()), strict=True)
+    step = torch._foreach_sub(theirs, ours)
     torch._foreach_mul_(step, share)
     torch._foreach_add_(ours, step)
-    for a, c, f in zip(averaged, current, floating, strict=True):
-        if not f:
-            a.copy_(torch.where(passes, c, a))
+    integers = [(a, c) for a, c in pairs if not a.is_floating_point()]
+    if integers:  # they have not moved either where the step did not pass
+        torch._foreach_copy_([a for a, _ in integers], [c for _, c in integers])
     ema.n_averaged += passes

@@ -162,7 +162,13 @@ class Prober:
         def teacher() -> None:
             method.teacher_logits(normalise(batch))
 
-        with torch.no_grad(), eval_mode(method), step.autocast(), step.plainly():
+        with (
+            torch.no_grad(),
+            eval_mode(method),
+            step.autocast(),
+            step.plainly(),
+            step.kernels.in_force(),
+        ):
             for name, call in (("evaluation", paths), ("teacher", teacher)):
                 call()
                 setattr(self.found, name, self.clock(call) / size)

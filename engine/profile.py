@@ -690,7 +690,8 @@ def kept_bytes_of(step: TrainStep, batch: Batch) -> int:
     """What the forward pass of a whole batch keeps; eager, whatever the mode."""
     constants = [*step.method.parameters(), *step.method.buffers()]
     images = step.normalise(batch)
-    with step.autocast(), step.plainly():
+    step.choose_kernels(batch)
+    with step.autocast(), step.plainly(), step.kernels.in_force():
         return kept_bytes(lambda: step.method(images, batch.labels), constants)
 
 

@@ -36,7 +36,7 @@ SIGNATURES = {
     "skipped": "skipped steps",
     "rewind": "went back",
     "quarantine": "images in quarantine",
-    "certificate_failed": "fused loss differs",
+    "certificate_failed": "fused kernel differs",
     "fallback": "slower steps",
     "checkpoint_failed": "checkpoint not written",
     "checkpoint_fallback": "checkpoint damaged",

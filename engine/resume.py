@@ -28,8 +28,8 @@ MAY_CHANGE = {
     "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
     "data.timeout", "teacher.weights", "teacher.expected_top1", "teacher.train_if_missing",
     "teacher.remember", "teacher.epochs", "teacher.lr", "teacher.global_batch", "step.mode",
-    "step.joint_paths", "step.max_skips", "step.max_skips_in_a_row", "step.max_rewinds",
-    "step.timeout",
+    "step.joint_paths", "kernels", "step.max_skips", "step.max_skips_in_a_row",
+    "step.max_rewinds", "step.timeout",
 }  # fmt: skip
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..kernels import use_backend
 from .checkpoint import optimizer_tensors
 from .config import RunConfig
 from .cuda_graph import capture, warm_up
@@ -30,12 +31,13 @@ from .data import Batch, ImageData
 from .distributed import SINGLE, World, accumulating
 from .errors import DfptkdError, UsageError
 from .files import first_line
-from .guards import Certificate, certify
+from .kernel_choice import KernelChoices
 from .methods import Method, StepOutput
 from .methods.base import BankRows, Samples
 from .metrics import EpochMeter, normaliser
 from .models.dual_path import FrozenOutputs
 from .models.parts import Remembered
+from .models.per_module_work import BatchCounters, CastWeights
 from .optim import (
     build_ema,
     build_optimizer,
@@ -157,12 +159,11 @@ class Gate:
             scaled: Gradients come from a scaled fp16 loss: that they overflow now and then is how
                 the scale is found, and only a loss that is not finite counts.
         """
-        finite = total.isfinite()
-        passes = finite & norm.isfinite()
+        both = torch.stack([total, norm]).isfinite()
         if self.world.size > 1:
-            finite, passes = self.world.all_true(torch.stack([finite, passes])).unbind()
-        failed = self.is_open & ~(finite if scaled else passes)
-        passes = passes & self.is_open
+            both = self.world.all_true(both)
+        passes = both.all() & self.is_open
+        failed = self.is_open & ~(both[0] if scaled else passes)
         skipped, in_a_row, seen, last = self.counts.unbind()
         counts = [skipped + failed, (in_a_row + failed) * ~passes, seen + self.is_open]
         self.counts.copy_(torch.stack([*counts, torch.where(failed, seen, last)]))
@@ -254,13 +255,15 @@ class TrainStep:
         self.image_parts = self._image_parts
         self.frozen_outputs: Callable[..., FrozenOutputs | None] = method.frozen_outputs
         self.remembers = False
-        self.reference_only = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved: list[Tensor] = []
         if not skips_by_itself(self.optimizer):
             moved = [*self.params, *optimizer_tensors(self.optimizer).values()]
-        self.gate = Gate(method.trained_buffers(), device, world, moved)
+        self.counters = BatchCounters(method.trained_networks())
+        self.weights = CastWeights(method.trained_networks(), DTYPES.get(self.precision))
+        statistics = [b for b in method.trained_buffers() if not self.counters.owns(b)]
+        self.gate = Gate(statistics, device, world, moved)
         self.replicas = world.replicate(method)
         self.distillation: float | Tensor = 1.0
         self.is_proven = False
@@ -270,6 +273,11 @@ class TrainStep:
         self.capture_stream: torch.cuda.Stream | None = None
         if self.mode == "graph":
             self.capture_stream = torch.cuda.Stream(device)
+        # Inductor of torch 2.13 and 2.14 forgets channels_last in backward graphs otherwise.
+        options = {"force_layout_optimization": True} if device.type == "cuda" else None
+        self.compiling = {"fullgraph": True, "dynamic": False, "options": options}
+        self.kernels = KernelChoices(config.kernels, self.mode, self.compiling)
+        self.measured: set[torch.Size] = set()
         if self.mode != "eager":
             self._compile()
 
@@ -283,27 +291,54 @@ class TrainStep:
             cache_enabled=self.mode != "graph",
         )
 
+    @contextmanager
+    def training_forward(self) -> Iterator[None]:
+        """Around forward passes in training mode; their counters of batches do not move."""
+        with self.autocast(), self.counters.apart(), self.weights.applied():
+            yield
+
     def plainly(self) -> AbstractContextManager:
         """Runs compiled regions as they were written: for evaluation, whose shapes differ."""
         return nullcontext() if self.mode == "eager" else torch.compiler.set_stance("force_eager")
 
-    def loss_backend(self) -> AbstractContextManager:
-        """The reference where the certificate has failed, else whatever serves."""
-        return use_backend("reference") if self.reference_only else nullcontext()
+    def choose_kernels(self, batch: Batch) -> None:
+        """Measure, on a batch, each fused call of a step that is not known yet, and choose its
+        backend; nothing of the run's state moves. Rank 0 measures, and all processes follow."""
+        self.measured.add(batch.images.shape)
+        if self.config.kernels == "reference":
+            return
+        before = self.gate.remember()
+        if not self.world.is_main and self.config.step.sync_bn:  # rank 0's BatchNorms wait for it
+            with self.kernels.in_force():
+                self._look(batch)
+        self.kernels.adopt(self.world.of_main(lambda: self._measure(batch)))
+        self.gate.settle(torch.zeros_like(self.gate.is_open), before)
 
-    def certify(self, batch: Batch) -> Certificate | None:
-        """Check the fused loss on a batch; nothing of the run's state moves."""
-        with self.autocast(), self.plainly():
+    def _measure(self, batch: Batch) -> list[dict[str, Any]]:
+        with self.kernels.deciding():
+            self._look(batch)
+            normaliser(self.data)(replace(batch, crop=None, flip=None))  # as an evaluation does
+        return self.kernels.record()
+
+    def _look(self, batch: Batch) -> None:
+        """One forward pass, uncompiled."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        # What is measured copies its modules, with weights of their own.
+        with (
+            torch.random.fork_rng(cuda),
+            self.autocast(),
+            self.plainly(),
+            self.counters.apart(),
+        ):
             # Images of its own: what is remembered for the run's must be made as the run makes it.
             images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
-            certificate = certify(self.method, images, labels)
-        fails = certificate is not None and not certificate.holds
-        self.reference_only = any(self.world.exchange(fails))  # one loss in all processes
-        return certificate
+            self.method(images, labels, 1.0, *self._sample_parts(batch)[0])
 
     def __call__(self, batch: Batch, step: int) -> None:
         """Do step number `step` (from 0) on `batch`."""
-        with self._own_stream(batch):
+        if batch.images.shape not in self.measured and not is_in_torch_dispatch_mode():
+            self.choose_kernels(batch)
+        with self._own_stream(batch), self.kernels.in_force():
             self._set_distillation(step)
             if self.is_proven:
                 self._run(batch, step)
@@ -346,7 +381,7 @@ class TrainStep:
         before, failure = self.gate.remember(), None
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(cuda), self.autocast(), self.loss_backend():
+            with torch.random.fork_rng(cuda), self.training_forward():
                 images, labels = self._image_parts(batch)[0], self._label_parts(batch)[0]
                 samples = self._sample_parts(batch)[0]
                 self.method(images, labels, self.distillation, *samples).total.backward()
@@ -379,17 +414,19 @@ class TrainStep:
         parts = zip(images, *columns, strict=True)
         for i, (part, labels, samples, places) in enumerate(parts, start=1):
             with accumulating(self.replicas, is_last=i == len(images)):
-                with span("forward"), self.autocast(), self.loss_backend():
+                with span("forward"), self.training_forward():
                     frozen = self.frozen_outputs(part, *places)
                     output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
                     share = len(labels) / len(batch.labels)
-                    self.scaler.scale(output.total * share).backward()
+                    total = output.total if share == 1 else output.total * share
+                    self.scaler.scale(total).backward()
             outputs.append((output, len(labels)))
         with span("optimizer"):
             passes = self._update(outputs, step)
         with span("gate"):
             self.gate.settle(passes, before)
+            self.counters.add(passes * len(outputs))
         if self.method.takes_samples:
             with span("memory"):
                 self.method.remember(self._rows([output for output, _ in outputs]), passes)
@@ -436,7 +473,8 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         moving = [p for p in self.params if p.grad is not None]
         norm = get_total_norm([p.grad for p in moving])
-        total = torch.stack([output.total.detach() for output, _ in outputs]).sum()
+        totals = [output.total.detach() for output, _ in outputs]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         passes = self.gate.judge(total, norm, self.scaler.is_enabled())
         if self.config.optim.clip_grad_norm is not None:
             clip_grads_with_norm_(moving, self.config.optim.clip_grad_norm, norm)
@@ -487,9 +525,7 @@ class TrainStep:
     # Compiled and captured -----------------------------------------------------------------------
 
     def _compile(self) -> None:
-        # Inductor of torch 2.13 and 2.14 forgets channels_last in backward graphs otherwise.
-        options = {"force_layout_optimization": True} if self.device.type == "cuda" else None
-        self.method.compile_regions(fullgraph=True, dynamic=False, options=options)
+        self.method.compile_regions(**self.compiling)
 
     def run_beside_others(self) -> None:
         """From now on graphs replay on a stream of their own, beside those of other runs."""
@@ -522,7 +558,7 @@ class TrainStep:
     def examine(self, batch: Batch) -> dict[str, float]:
         """Every loss term on a batch as the networks are now, and the total; nothing moves."""
         before = self.gate.remember()
-        with self.autocast(), self.loss_backend(), self.plainly():
+        with self.training_forward(), self.kernels.in_force(), self.plainly():
             outputs = [
                 self.method(images, labels, 1.0, *samples)
                 for images, labels, samples in zip(

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.backend import forced_backend
+from ..kernels.backend import cache_folder, in_force
 from .config import RunConfig
 from .data import Batch, ImageData
 from .errors import UsageError
@@ -163,8 +163,7 @@ def expected_hits(forms: int, draws: float) -> float:
 def folders(config: RunConfig) -> list[Path]:
     """Where files of logits may lie, the best first: beside the data, in the user's cache."""
     root = config.data.root or os.environ.get("DFPTKD_DATA")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    found = [cache / "dfptkd" / "teacher-logits"]
+    found = [cache_folder() / "teacher-logits"]
     if root and config.data.name != "synthetic" and Path(root).expanduser().is_dir():
         found.insert(0, Path(root).expanduser() / ".dfptkd" / "teacher-logits")
     return found
@@ -180,8 +179,8 @@ def _has_files(config: RunConfig) -> bool:
 class TeacherLogits:
     """A method's `frozen_outputs`, with logits that are remembered; of all seeds of a run.
 
-    Until `open` has found that it can be done, and for batches of another size, everything is
-    computed.
+    Until `open` has found that it can be done, and for batches of another size or a run by other
+    kernels, everything is computed.
 
     Args:
         method: The method, or one of several that hold the same teacher.
@@ -204,7 +203,7 @@ class TeacherLogits:
         self.sizes: tuple[int, ...] = ()
         """Numbers of images that may be computed together, descending; empty: nothing is kept."""
         self.batch = 0
-        self.backend: str | None = None
+        self.kernels: tuple[str | None, str | None] = None, None
         self.table = self.known = self.kept = torch.empty(0)
         self.file: LogitsFile | None = None
         self.is_open = False
@@ -213,7 +212,7 @@ class TeacherLogits:
 
     def __call__(self, images: Tensor, places: Tensor) -> FrozenOutputs | None:
         """`Method.frozen_outputs` of images [B, 3, H, W], whose `Batch.places` are int64 [B]."""
-        if not self.sizes or len(images) != self.batch or forced_backend() != self.backend:
+        if not self.sizes or len(images) != self.batch or in_force() != self.kernels:
             return self.method.frozen_outputs(images)
         start = self.method.frozen_start(images)
         assert start is not None
@@ -266,8 +265,8 @@ class TeacherLogits:
         self.batch = len(batch.labels.chunk(self.config.accumulate)[0])
         samples = torch.arange(self.batch, device=batch.indices.device) % len(self.data.train)
         first = self.data.train.batch(samples, seed=0, epoch=0)
-        with torch.no_grad(), step.autocast(), step.loss_backend():
-            self.backend = forced_backend()
+        with torch.no_grad(), step.training_forward(), step.kernels.in_force():
+            self.kernels = in_force()
             images = step.normalise(first)
             found = self.method.frozen_outputs(images)
             start = self.method.frozen_start(images)

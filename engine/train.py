@@ -252,6 +252,9 @@ def check_same_teacher(record: dict[str, Any], world: World) -> None:
 def share(runs: Sequence[Pending]) -> None:
     """Let runs that differ in their seed alone hold and compute once what is the same for all."""
     groups: dict[tuple[int, int], Trainer] = {}
+    new = [run.trainer.step for run in runs if run.checkpoint is None]
+    for step in new:
+        step.kernels = new[0].kernels  # the first one measures; what is resumed has its own
     for run in runs:
         trainer = run.trainer
         trainer.method.share_teacher(runs[0].trainer.method)
@@ -323,8 +326,8 @@ class Trainer:
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
         self.alarmed = False
-        self.certified = False
         self.logits: TeacherLogits | None = None
+        self.kernel_note: str | None = None
         self.saved_step: int | None = None
         self.save_asked = False
 
@@ -406,9 +409,9 @@ class Trainer:
     def work(self, record: dict[str, Any]) -> Iterator[None]:
         """All that is done before the student is finished, or the run is stopped and saved."""
         try:
+            self.method.train()
             with self.watchdog.phase("measuring the teacher"):
                 self.announce(record)
-            self.method.train()
             self.log.record(record)
             self.status("running")
             yield from self.epochs()
@@ -440,7 +443,8 @@ class Trainer:
         if self.progress.step:
             log.say(f"resumed from step {self.progress.step} of {self.end_step}")
             log.event("resumed", f"from step {self.progress.step}", self.progress.step)
-        with self.step.autocast(), self.step.plainly():
+        self.choose_kernels(record)
+        with self.step.autocast(), self.step.plainly(), self.step.kernels.in_force():
             teacher = self.evaluator.teacher()
         if teacher is None:
             return
@@ -501,8 +505,6 @@ class Trainer:
         batches = iter(self.batches.epoch(epoch, done_in_epoch))
         while (batch := self.next_batch(batches)) is not None:
             with self.phase_of_step():
-                if not self.certified:
-                    self.certify(batch)
                 self.step(batch, progress.step)
                 progress.step += 1
                 self.stop.wants_save |= self.is_time_to_save()
@@ -589,16 +591,58 @@ class Trainer:
         # Those of bad steps would push out the one that the run may have to go back to.
         return not self.step.gate.read().in_a_row
 
-    def certify(self, batch: Batch) -> None:
-        """Log once how far the fused loss is from the reference; beyond rounding, fall back."""
-        self.certified = True
-        certificate = self.step.certify(batch)
-        if self.step.reference_only:
-            where = "" if self.world.size == 1 else ", or in another process"
-            warning = f"{certificate}{where}, more than rounding: the run uses the reference"
-            self.log.warn("certificate_failed", warning, self.progress.step)
-        elif certificate is not None:
-            self.log.event("certificate", str(certificate), self.progress.step)
+    def choose_kernels(self, record: dict[str, Any]) -> None:
+        """Choose the backends of this run's fused calls on its next batch, and say how."""
+        kernels, number = self.step.kernels, self.progress.step
+        kernels.cache.warn = lambda message: self.log.warn("kernel_cache", message, number)
+        if self.kernel_note is not None:
+            self.log.warn("kernels", self.kernel_note, number)
+        batches = self.batches.epoch(*divmod(min(number, self.end_step - 1), self.per_epoch))
+        before = kernels.measured_s
+        batch = self.next_batch(batches)
+        assert batch is not None
+        with self.watchdog.phase("choosing kernels"):
+            self.step.choose_kernels(batch)
+        record["kernels"] = kernels.record()
+        took = kernels.measured_s - before
+        if took:
+            self.log.say(f"{kernels.summary()}; measured on the first batch in {took:.1f} s")
+        self.log.event("kernels", kernels.summary(), number)
+        for choice in kernels.table.values():
+            certificate = choice.certificate
+            if certificate is not None and not certificate.holds:
+                warning = (
+                    f"{choice}: {certificate.backend} is not right here: {certificate}, more than "
+                    "rounding: the reference serves it"
+                )
+                self.log.warn("certificate_failed", warning, number)
+            elif certificate is not None and choice.site.operation == self.method.operation:
+                said = f"loss[{certificate.backend}] on the first batch: {certificate}"
+                self.log.event("certificate", said, number)
+
+    def bind_kernels(self, checkpoint: Checkpoint) -> None:
+        """Take over the backends that the run had so far.
+
+        Raises:
+            DataError: One of them cannot be used here.
+        """
+        record, asked = checkpoint.state.get("kernels"), self.config.kernels
+        if record is None:  # of a version that recorded none
+            return
+        if asked != "auto":
+            self.kernel_note = f"kernels={asked}, whatever {checkpoint.path} was made with"
+            return
+        try:
+            self.step.kernels.adopt(record)
+        except ValueError as error:
+            raise DataError(f"{checkpoint.path}: {error}") from error
+        missing = self.step.kernels.missing(self.device.type)
+        if missing is not None:
+            name, reason = missing
+            raise DataError(
+                f"{checkpoint.path}: made with {name} kernels, which cannot be used here "
+                f"({reason}): expected them, or --kernels reference to go on without"
+            )
 
     def end_of_epoch(self, means: dict[str, float]) -> None:
         """Evaluate, log and save, where it is time to; an epoch cut by max_steps counts as one."""
@@ -610,6 +654,7 @@ class Trainer:
                 self.watchdog.phase(EVALUATION),
                 self.step.autocast(),
                 self.step.plainly(),
+                self.step.kernels.in_force(),
             ):
                 found = self.evaluator(self.step.ema)
             test = self.world.of_main(lambda: found)  # one verdict on what is the best
@@ -888,6 +933,7 @@ class Trainer:
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,
             "data": self.data_identity(),
+            "kernels": self.step.kernels.record(),
             "config": to_dict(self.config),
             "versions": versions(),
             "world_size": self.world.size,
@@ -942,6 +988,7 @@ class Trainer:
         """
         ours = {"data": self.data_identity(), "teacher_sha256": self.teacher_sha256}
         check_same_state(checkpoint, ours)
+        self.world.everywhere(lambda: self.bind_kernels(checkpoint))
         self.state.restore(checkpoint)
         self.progress = checkpoint.part("progress", Progress)
         self.alarmed = checkpoint.state["alarmed"]

@@ -12,12 +12,13 @@ write.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import choose
+from .backend import Call, choose_at, decide_at, is_measuring
 from .dual_path_loss import (
     FusedLoss,
     check_logits,
@@ -27,6 +28,7 @@ from .dual_path_loss import (
     cross_entropy_rows,
     fused_weights,
     kl_rows,
+    loss_words,
     mean_over,
     weighted_sum,
 )
@@ -106,8 +108,22 @@ def distillation_loss(
         IndexError: A label is out of range (CPU; on a GPU a device-side assertion).
     """
     check_logits(target, tau, label_smoothing, student=student, teacher=teacher)
-    backend = choose("distillation_loss", student)
     options = (label_smoothing, ignore_index, reverse_kl)
+    words = loss_words(target, label_smoothing, reverse_kl)
+    at = ("distillation_loss", student, student.shape, words)
+    if is_measuring():
+        call = functools.partial(
+            distillation_loss,
+            tau=tau,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reverse_kl=reverse_kl,
+        )
+        backend = decide_at(Call(call, (student, teacher, target)), *at)
+    else:
+        backend = choose_at(*at)
     if backend == "reference":
         return distillation_loss_reference(
             student, teacher, target, tau, ce_weight, kd_weight, *options

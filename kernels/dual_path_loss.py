@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backend import choose
+from .backend import Call, choose, choose_at, decide_at, is_measuring
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,20 @@ def dual_path_loss(
             f"weights: expected a tensor of shape [6] on {student.device}, got "
             f"{list(weights.shape)} on {weights.device}"
         )
-    backend = choose("dual_path_loss", student)
     options = (label_smoothing, ignore_index, reverse_kl)
+    at = ("dual_path_loss", student, student.shape, loss_words(target, label_smoothing, reverse_kl))
+    if is_measuring():
+        call = functools.partial(
+            dual_path_loss,
+            tau=tau,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reverse_kl=reverse_kl,
+        )
+        backend = decide_at(Call(call, (student, prompt, teacher, target)), *at)
+    else:
+        backend = choose_at(*at)
     if backend == "reference":
         return dual_path_loss_reference(student, prompt, teacher, target, tau, weights, *options)
     numbers = weights if isinstance(weights, Tensor) else weights.numbers()
@@ -295,6 +307,12 @@ _fused_dual_path_loss = FusedLoss("dual_path_loss", ("student", "prompt"), "teac
 
 # What the family of losses shares
 # -----------------------------------------------------------------------
+
+
+def loss_words(target: Tensor, label_smoothing: float, reverse_kl: bool) -> tuple[str, ...]:
+    """What the work of a loss depends on beside its shape, as `Site` has it."""
+    words = ("probabilities",) * target.is_floating_point()
+    return words + ("smoothing",) * (label_smoothing > 0) + ("reversed",) * reverse_kl
 
 
 def upcast(z: Tensor) -> Tensor:

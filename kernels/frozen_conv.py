@@ -15,8 +15,8 @@ has 36. Its error is at most twice that of PyTorch's own fp32 convolution and a 
 last place; for images under 4 x 4, where most taps of the definition meet zeros, up to 3e-6 of the
 output. Its bits depend on neither the batch nor the number of threads. A NaN reaches the outputs
 that it reaches by the definition and no others; so does an infinity, which may make NaN of them
-where the definition keeps it. PyTorch serves all other convolutions, and those where it is faster
-unless `use_backend` asks for native.
+where the definition keeps it. PyTorch serves all other convolutions, and these too unless measured
+choices or `use_backend` ask for native: which is faster depends on the CPU and on the shape.
 """
 
 from __future__ import annotations
@@ -29,32 +29,9 @@ import torch.nn.grad
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backend import autocast_dtype, choose, forced_backend
+from .backend import Call, autocast_dtype, choose_at, decide_at, is_measuring
 
 Pair = tuple[int, int]
-
-# Where the native kernel is taken: rows and columns of an image (for the sake of accuracy),
-# channels in and out, tiles of 2 x 2 outputs in the batch, and the share of the tiles' outputs that
-# lies in the image. Measured: CPU ms of oneDNN over ours on one thread of Zen 4 with AVX-512,
-# C channels in and out, medians of 10 interleaved calls.
-#
-#   N, C, H x W       forward             input gradient
-#   64,  16, 32 x 32   3.2 /  2.2 = 1.50   3.1 /  2.2 = 1.44   resnet56
-#   64,  32, 32 x 32  11.6 /  7.3 = 1.58  11.9 /  7.2 = 1.65   WRN-40-2
-#   64,  64, 16 x 16  10.7 /  5.7 = 1.87  10.5 /  5.8 = 1.80
-#   64, 128,  8 x  8   9.9 /  5.7 = 1.74   9.9 /  5.5 = 1.80
-#   64,  64, 32 x 32  44.1 / 24.0 = 1.83  43.2 / 25.0 = 1.73   resnet32x4, vgg
-#   64, 128, 16 x 16  40.5 / 22.4 = 1.81  40.4 / 21.3 = 1.90
-#   64, 256,  8 x  8  37.4 / 22.2 = 1.68  37.8 / 21.8 = 1.73
-#   64, 512,  4 x  4  35.1 / 24.0 = 1.46  35.5 / 24.0 = 1.48
-#    8,  64, 56 x 56  16.5 /  9.6 = 1.73  16.6 /  9.5 = 1.76   ResNet-34
-#    8, 128, 28 x 28  16.4 /  8.7 = 1.89  16.3 /  8.6 = 1.90
-#    8, 256, 14 x 14  15.9 /  8.9 = 1.78  16.1 /  8.8 = 1.82
-#    8, 512,  7 x  7  16.4 / 12.8 = 1.28  16.7 / 12.8 = 1.31
-#
-# 20 to 28 channels 1.1 to 1.4, 3 to 12 0.4 to 1.0; 16 tiles 0.9 to 1.8, 1 x 1 images 0.3 to 0.5,
-# 3 x 3 0.9, 5 x 5 1.15. With AVX2 1.2 to 1.8, but 512 channels: 1.05 at 7 x 7, 0.92 at 5 x 5.
-_SMALLEST, _NARROWEST, _FEWEST_TILES, _LEAST_FILLED = 4, 16, 128, 0.75
 
 # The 3x3 convolution of stride 1 and padding 1; `transposed` gives its input gradient: x [N, C_out,
 # H, W], and y [N, C, H, W]. Compiled code sees the first; the second is csrc/frozen_conv.cpp.
@@ -197,7 +174,7 @@ def frozen_conv2d(
         bias = bias.detach()
     options = (_pair(stride), _pair(padding), _pair(dilation), groups)
     weight = weight.detach()
-    backend = "reference" if exact else _backend(x, weight, options)
+    backend = "reference" if exact else _backend(x, weight, bias, options)
     if backend == "native" and torch.compiler.is_compiling():
         return torch.ops.dfptkd.frozen_conv3x3(x, weight, bias, False)  # type: ignore[no-any-return]
     if x.requires_grad and torch.is_grad_enabled():
@@ -207,8 +184,11 @@ def frozen_conv2d(
     return F.conv2d(x, weight, bias, *options)
 
 
-def _backend(x: Tensor, weight: Tensor, options: tuple[Pair, Pair, Pair, int]) -> str:
-    """`choose`, where the native kernel computes this convolution and pays; else the reference."""
+def _backend(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Pair, Pair, Pair, int]
+) -> str:
+    """The backend in force, where the native kernel computes this convolution; else the
+    reference."""
     if (
         weight.shape[2:] != (3, 3)
         or options != ((1, 1), (1, 1), (1, 1), 1)
@@ -217,21 +197,16 @@ def _backend(x: Tensor, weight: Tensor, options: tuple[Pair, Pair, Pair, int]) -
         or (is_in_torch_dispatch_mode() and not torch.compiler.is_compiling())
     ):
         return "reference"
-    if forced_backend() is None and not _pays(x.shape, weight.shape[0]):
-        return "reference"
-    return choose("frozen_conv2d", x)
+    has_gradient = x.requires_grad and torch.is_grad_enabled()
+    words = ("bias",) * (bias is not None) + ("gradient",) * has_gradient
+    at = ("frozen_conv2d", x, x.shape[1:], (weight.shape[0], *words))
+    if is_measuring():
+        return decide_at(Call(_conv3x3, (x, weight, bias)), *at)
+    return choose_at(*at)
 
 
-def _pays(shape: torch.Size, out_channels: int) -> bool:
-    """Whether the native kernel beats oneDNN by the measurements above, and is as accurate."""
-    batch, channels, height, width = shape
-    tiles = batch * ((height + 1) // 2) * ((width + 1) // 2)
-    return (
-        min(height, width) >= _SMALLEST
-        and min(channels, out_channels) >= _NARROWEST
-        and tiles >= _FEWEST_TILES
-        and batch * height * width >= _LEAST_FILLED * 4 * tiles
-    )
+def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return frozen_conv2d(x, weight, bias, padding=1)
 
 
 def _pair(value: int | Pair) -> Pair:

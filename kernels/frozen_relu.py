@@ -4,7 +4,9 @@
 
 `limit` 6 is ReLU6, without one it is ReLU; values and gradients are those of torch's own, NaN
 passes both ways. The bits are packed eight to a byte in memory order, the first in the lowest bit.
-The reference keeps a bool an element.
+The reference keeps a bool an element. So does compiled code on CUDA: Inductor works it into the
+kernels before and behind it, where an operator of its own would be a launch of its own and, with
+the bias, the normalisation or the sum before it, another pass over the activation each way.
 
 In: x of any shape, bf16, fp16, fp32 or fp64. Bytes moved, forward and backward alike: a read and a
 write of x, 1/8 an element for the bits. Unsupported: double backward.
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backend import choose
+from .backend import Call, are_choices_in_force, choose_at, decide_at, forced_backend, is_measuring
 
 # The kernels, without autograd: csrc/frozen_relu.cpp implements them for CPU, Triton for CUDA.
 # Tensors are dense, grad_y has the memory layout of x. bits: uint8 [ceil(numel / 8)].
@@ -146,8 +148,16 @@ def frozen_relu(x: Tensor, limit: float | None = None) -> Tensor:
         raise ValueError(f"limit: expected a number above 0, got {limit}")
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _relu(x, limit)
-    backend = choose("frozen_relu", x)
     x = x.contiguous(memory_format=_layout(x))
+    limits = () if limit is None else (float(limit),)
+    at = ("frozen_relu", x, x.shape[1:], limits)
+    if is_measuring():
+        backend = decide_at(Call(lambda x: frozen_relu(x, limit), (x,)), *at)
+    else:
+        backend = choose_at(*at)
+    is_told = forced_backend() is not None or are_choices_in_force()
+    if backend == "triton" and torch.compiler.is_compiling() and not is_told:
+        backend = "reference"
     if backend != "reference" and (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):
         return torch.ops.dfptkd.frozen_relu(x, limit)[0]
     # What torch.library adds in Python takes longer than a small activation itself.

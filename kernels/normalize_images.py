@@ -13,6 +13,7 @@ FLOPs:  2 N H W 3.
 Not supported: channels other than 3; a gradient (towards mean and std).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backend import choose
+from .backend import Call, choose_at, decide_at, is_measuring
 
 Crop = tuple[int, Tensor]
 Channels = Sequence[float] | Tensor  # three values
@@ -141,7 +142,15 @@ def normalize_images(
     padding, offsets = (0, None) if crop is None else crop
     _check(images, dtype, padding, offsets, flip)
     scale, shift = _affine(mean, std, images.device)
-    backend = choose("normalize_images", images, dtype)
+    words = ("crop",) * (offsets is not None) + ("flip",) * (flip is not None)
+    at = ("normalize_images", images, images.shape[1:3], words, dtype)
+    if is_measuring():
+        call, exact = (
+            functools.partial(_again, mean, std, padding, work) for work in (dtype, torch.float64)
+        )
+        backend = decide_at(Call(call, (images, offsets, flip), exact), *at)
+    else:
+        backend = choose_at(*at)
     if backend != "triton" or isinstance(scale, Tensor):
         work = torch.float64 if dtype == torch.float64 else torch.float32
         scale, shift = (_as_tensor(v, images.device).to(work) for v in (scale, shift))
@@ -154,6 +163,19 @@ def normalize_images(
     if isinstance(scale, Tensor):
         return operators.normalize_images(images, scale, shift, dtype, padding, offsets, flip)
     return operators.normalize_images_numbers(images, scale, shift, dtype, padding, offsets, flip)
+
+
+def _again(
+    mean: Channels,
+    std: Channels,
+    padding: int,
+    dtype: torch.dtype,
+    images: Tensor,
+    offsets: Tensor | None,
+    flip: Tensor | None,
+) -> Tensor:
+    crop = None if offsets is None else (padding, offsets)
+    return normalize_images(images, mean, std, dtype=dtype, crop=crop, flip=flip)
 
 
 def _affine(mean: Channels, std: Channels, device: torch.device) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ atomics, so that the same launch gives the same bits. Dots accumulate in fp32. f
 rounded to TF32 where torch.backends.cudnn.conv.fp32_precision lets a convolution of PyTorch do so.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import TRITON_NAME, AotCase, aot_case
+from .triton_common import TRITON_NAME, AotCase, aot_case, shared_alignment
 
 # The interpreter's dot is wrong on bf16.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -118,7 +119,8 @@ def _convolved(
 ):  # fmt: skip
     """Channels `out` [P] of the convolution of h[:, :CP] at `pixel` [M]: fp32 [M, P].
 
-    `weight` is [K K CP, CP], its rows numbered as in `_taps`.
+    `weight` is [K K, CP read, CP written] as the forward has it; the transposed convolution takes
+    the last two the other way round.
     """
     acc = tl.zeros((pixel.shape[0], out.shape[0]), tl.float32)
     for start in range(0, K * K * CP, BLOCK_T):
@@ -128,7 +130,11 @@ def _convolved(
         )
         h = _activation(x_ptr, residual_ptr, scale_ptr, shift_ptr, source, channel, valid, C, RELU)
         known = (index < K * K * CP)[:, None] & (out < CP)[None, :]
-        weight = tl.load(weight_ptr + index[:, None] * CP + out[None, :], mask=known, other=0.0)
+        if SIGN > 0:
+            place = index[:, None] * CP + out[None, :]
+        else:
+            place = ((index // CP * CP)[:, None] + out[None, :]) * CP + (index % CP)[:, None]
+        weight = tl.load(weight_ptr + place, mask=known, other=0.0)
         acc = _dot(h, weight, acc, PRECISION)
     return acc
 
@@ -193,7 +199,7 @@ def forward_kernel(
     residual_ptr,
     scale_ptr,  # [C], like shift
     shift_ptr,
-    partial_ptr,  # [K K CP, CP]
+    partial_ptr,  # [K K, CP, CP]
     point_ptr,  # [C_OUT, IN]
     y_ptr,  # [P, C_OUT]
     sums_ptr,  # fp32 [tiles, 2 C_OUT]
@@ -334,7 +340,7 @@ def point_gradient_kernel(
 @triton.jit(do_not_specialize=_INTEGERS)
 def partial_gradient_kernel(
     dh2_ptr,
-    partial_ptr,  # [K K CP, CP]: rows (tap, output channel)
+    partial_ptr,  # [K K, CP, CP]
     x_ptr, scale_ptr, shift_ptr, grad_x_ptr, grad_residual_ptr, sums_ptr,
     pixels: tl.int32, height: tl.int32, width: tl.int32,
     C: tl.constexpr, CP: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr,
@@ -446,27 +452,32 @@ def partial_weight_kernel(
 @triton.jit(do_not_specialize=_INTEGERS)
 def sum_rows_kernel(
     rows_ptr,  # fp32 [rows, columns]
-    first_ptr,  # sums of the first columns
-    second_ptr,  # and of the others, None: there are none
+    first_ptr,  # [splits, first_columns]: sums of the first columns over each split of the rows
+    second_ptr,  # and of the others, of a single split; None: there are none
     rows: tl.int32,
-    columns: tl.int64,
+    span: tl.int32,  # rows of a split
+    columns: tl.int64,  # in units of ALIGN, for loads of 16 bytes; like first_columns
     first_columns: tl.int64,
+    ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1)
+    last = tl.minimum(split * span + span, rows)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rows, ROWS):
+    for start in range(split * span, last, ROWS):
         row = start + tl.arange(0, ROWS)
-        valid = (row < rows)[:, None] & (column < columns)[None, :]
-        offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+        valid = (row < last)[:, None] & (column < columns * ALIGN)[None, :]
+        offset = row.to(tl.int64)[:, None] * (columns * ALIGN) + column[None, :]
         acc += tl.load(rows_ptr + offset, mask=valid, other=0.0)
     total = tl.sum(acc, 0)
-    is_first = column < first_columns
-    tl.store(first_ptr + column, total.to(first_ptr.dtype.element_ty), mask=is_first)
+    first = first_ptr + split.to(tl.int64) * (first_columns * ALIGN) + column
+    is_first = column < first_columns * ALIGN
+    tl.store(first, total.to(first_ptr.dtype.element_ty), mask=is_first)
     if second_ptr is not None:
-        is_second = (column >= first_columns) & (column < columns)
-        second = second_ptr + (column - first_columns)
+        is_second = (column >= first_columns * ALIGN) & (column < columns * ALIGN)
+        second = second_ptr + (column - first_columns * ALIGN)
         tl.store(second, total.to(second_ptr.dtype.element_ty), mask=is_second)
 
 
@@ -548,8 +559,19 @@ _PIXELS = 64
 _WARPS = {"num_warps": 4, "num_stages": 2}
 # Left to itself, ptxas spills a few registers of an fp32 kernel to have one program more.
 _MOST_REGISTERS_FP32 = 168
-_MAX_SPLITS = 128
-_SUM_ROWS = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4}
+# Sums over all pixels are split among so many programs: what the registers of the largest kernel,
+# 126 a thread, let a multiprocessor hold at once.
+_PROGRAMS_A_PROCESSOR = 4
+# Fewer pixels than this, and the sums of a split weigh more in memory than what they are made of.
+_LEAST_SPAN = 128
+# Multiprocessors of an H100 or H200, where there is no device to ask.
+_USUAL_PROCESSORS = 132
+# Rows and columns of a step of `sum_rows_kernel`, by the most rows and the most columns that it is
+# for. Eight 16-byte loads a thread are under way together; with them the kernel waits for memory
+# once a step, so that its time is that of its steps.
+_SUM_TILES = ((64, None, (64, 128)), (None, 16, (512, 16)), (None, None, (256, 32)))
+# More steps than this take longer than another launch.
+_MOST_SUM_STEPS = 8
 
 
 def _block(size: int, most: int) -> int:
@@ -633,22 +655,73 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _flat_taps(
-    partial_weight: Tensor | None, dtype: torch.dtype, *, transposed: bool = False
-) -> Tensor | None:
-    """[k k c_p, c_p]: rows (tap, what is read), columns what is written."""
+def _taps_first(partial_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[k, k, c_p read, c_p written], as both directions take it; one copy at most, cast or not."""
     if partial_weight is None:
         return None
-    order = (2, 3, 0, 1) if transposed else (2, 3, 1, 0)
-    taps = partial_weight.to(dtype).permute(order).reshape(-1, partial_weight.shape[0])
-    return taps.contiguous()  # a view where k = 1
+    taps = partial_weight.permute(2, 3, 1, 0)
+    return taps.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _USUAL_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _pixel_splits(pixels: int, blocks: int, step: int, device: torch.device) -> tuple[int, int]:
+    """Splits of the pixels for a sum that takes `blocks` programs a split, and pixels of a split.
+
+    The latter is a multiple of `step`.
+    """
+    splits = triton.cdiv(_PROGRAMS_A_PROCESSOR * _processors(device), blocks)
+    span = triton.cdiv(max(triton.cdiv(pixels, splits), _LEAST_SPAN), step) * step
+    return triton.cdiv(pixels, span), span
+
+
+def _sum_launch(rows: int, columns: int, first_columns: int) -> dict[str, int]:
+    tile_rows, tile_columns = next(
+        tile
+        for most_rows, most_columns, tile in _SUM_TILES
+        if rows <= (most_rows or rows) and columns <= (most_columns or columns)
+    )
+    align = min(shared_alignment(columns, first_columns), 4)
+    launch = {"ALIGN": align, "ROWS": tile_rows, "COLUMNS": tile_columns, "num_warps": 8}
+    return launch | {"maxnreg": 128}  # as with `_MOST_REGISTERS_FP32`
 
 
 def _add_rows(rows: Tensor, first: Tensor, second: Tensor | None) -> None:
-    """Sums of the columns of rows [R, N] into `first` and, what is left, `second`."""
+    """Sums of the columns of rows [R, N] into `first` and, what is left, `second`.
+
+    One launch, or for many rows two: the first has a program for each step that one would take.
+    """
     count, columns = rows.shape
-    grid = (triton.cdiv(columns, _SUM_ROWS["COLUMNS"]),)
-    sum_rows_kernel[grid](rows, first, second, count, columns, first.numel(), **_SUM_ROWS)
+    launch = _sum_launch(count, columns, columns)
+    splits = triton.cdiv(count, launch["ROWS"])
+    if splits > _MOST_SUM_STEPS:
+        sums = rows.new_empty(splits, columns)
+        _launch_sum(rows, sums, None, splits, launch["ROWS"], columns, launch)
+        _add_rows(sums, first, second)
+        return
+    launch = _sum_launch(count, columns, first.numel())
+    _launch_sum(rows, first, second, 1, count, first.numel(), launch)
+
+
+def _launch_sum(
+    rows: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    splits: int,
+    span: int,
+    first_columns: int,
+    launch: dict[str, int],
+) -> None:
+    count, columns = rows.shape
+    align = launch["ALIGN"]
+    sum_rows_kernel[(triton.cdiv(columns, launch["COLUMNS"]), splits)](
+        rows, first, second, count, span, columns // align, first_columns // align, **launch
+    )
 
 
 def launch_forward(
@@ -687,7 +760,7 @@ def launch_forward(
         if pixels > 0:
             forward_kernel[(tiles * _programs(shape, shape.width, launch["BLOCK_N"]),)](
                 x, residual, scale, shift,
-                _flat_taps(partial_weight, x.dtype), point_weight.to(x.dtype).contiguous(),
+                _taps_first(partial_weight, x.dtype), point_weight.to(x.dtype).contiguous(),
                 y, rows, pixels, *x.shape[2:], **launch,
             )  # fmt: skip
         _add_rows(rows, sums, squared_sums)
@@ -723,6 +796,7 @@ def launch_backward(
     pixels = x.numel() // shape.channels
     tiles = triton.cdiv(pixels, _PIXELS)
     point = point_weight.to(x.dtype).contiguous()
+    taps = _taps_first(partial_weight, x.dtype)
     upstream = (grad_y, grad_sums, grad_squared_sums, y)
     affine = (scale, shift)
     new = partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -746,7 +820,7 @@ def launch_backward(
         if pixels > 0 and towards_input and shape.touched:
             launch = _partial_launch(shape, arithmetic)
             partial_gradient_kernel[(tiles * triton.cdiv(shape.touched, launch["BLOCK_P"]),)](
-                dh2, _flat_taps(partial_weight, x.dtype, transposed=True),
+                dh2, taps,
                 x, *affine, grad_x, grad_residual, rows, pixels, height, width, **launch,
             )  # fmt: skip
         if rows is not None:
@@ -756,7 +830,7 @@ def launch_backward(
             grad_shift = None if grad_shift is None else both[1]
         if needs_weights:
             grad_point, grad_partial = _weight_gradients(
-                shape, upstream, (x, residual, *affine), dh2, partial_weight, point_weight
+                shape, upstream, (x, residual, *affine), dh2, taps, partial_weight, point_weight
             )
     return grad_x, grad_scale, grad_shift, grad_partial, grad_point, grad_residual
 
@@ -766,16 +840,19 @@ def _weight_gradients(
     upstream: tuple[Tensor | None, ...],
     inputs: tuple[Tensor | None, ...],
     dh2: Tensor | None,
+    flat: Tensor | None,
     partial_weight: Tensor | None,
     point_weight: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the point weight and the partial weight; `flat` is the latter, taps first."""
     x, residual, scale, shift = inputs
     assert x is not None
     height, width = x.shape[2:]
     pixels, arithmetic = x.numel() // shape.channels, _arithmetic(x.dtype)
     launch = _weight_launch(shape, arithmetic)
-    span = triton.cdiv(triton.cdiv(pixels, _MAX_SPLITS), launch["BLOCK_M"]) * launch["BLOCK_M"]
-    splits = triton.cdiv(pixels, max(span, 1))
+    outputs = triton.cdiv(shape.width, launch["BLOCK_K"])
+    programs = outputs * _programs(shape, shape.depth, launch["BLOCK_N"])
+    splits, span = _pixel_splits(pixels, programs, launch["BLOCK_M"], x.device)
     taps = shape.kernel**2 * shape.touched
     columns = point_weight.numel() + taps * shape.touched
     rows = torch.empty(splits, columns, dtype=torch.float32, device=x.device)
@@ -784,16 +861,15 @@ def _weight_gradients(
         if partial_weight is not None:
             z = x.new_empty(pixels, shape.touched)
             blocks = _partial_launch(shape, arithmetic)
-            programs = triton.cdiv(shape.touched, blocks["BLOCK_P"])
-            partial_conv_kernel[(triton.cdiv(pixels, _PIXELS) * programs,)](
-                x, residual, scale, shift, _flat_taps(partial_weight, x.dtype), z,
+            outputs = triton.cdiv(shape.touched, blocks["BLOCK_P"])
+            partial_conv_kernel[(triton.cdiv(pixels, _PIXELS) * outputs,)](
+                x, residual, scale, shift, flat, z,
                 pixels, height, width, **blocks,
             )  # fmt: skip
-            partial_weight_kernel[(splits * triton.cdiv(taps, blocks["BLOCK_T"]) * programs,)](
+            partial_weight_kernel[(splits * triton.cdiv(taps, blocks["BLOCK_T"]) * outputs,)](
                 x, residual, scale, shift, dh2, rows, pixels, height, width, span, columns, **blocks
             )
-        outputs = triton.cdiv(shape.width, launch["BLOCK_K"])
-        point_weight_kernel[(splits * outputs * _programs(shape, shape.depth, launch["BLOCK_N"]),)](
+        point_weight_kernel[(splits * programs,)](
             *upstream, x, residual, scale, shift, z, rows, pixels, span, columns, **launch
         )
     grad_point = torch.empty_like(point_weight, memory_format=torch.contiguous_format)
@@ -918,9 +994,32 @@ def _affine_cases(dtype: torch.dtype) -> Iterator[AotCase]:
             for kernel in (affine_relu_kernel, affine_relu_backward_kernel):
                 title = f"{kernel.__name__.removesuffix('_kernel')} C={channels}{' relu' * relu}"
                 yield aot_case(title, kernel, _types(dtype), launch)
-    for second in ({}, {"second_ptr": None}):
-        title = f"sum_rows {2 - len(second)}"
-        yield aot_case(title, sum_rows_kernel, _types(dtype), _SUM_ROWS | second)
+    yield from _sum_cases(dtype)
+
+
+def _sum_cases(dtype: torch.dtype) -> Iterator[AotCase]:
+    """Every tile, for sums by channel (two of a kind, fp32) and for gradients of weights."""
+    values = "*" + TRITON_NAME[dtype]
+    for rows, columns in ((64, 128), (1024, 16), (1024, 128)):
+        for align in (4, 1):
+            launch = _sum_launch(rows, columns, columns + align) | {"ALIGN": align}
+            tile = f"{launch['ROWS']}x{launch['COLUMNS']} ALIGN={align}"
+            load = "v4.b32" if align == 4 else None
+            weights = _types(dtype) | {"first_ptr": values, "second_ptr": values}
+            alone = launch | {"second_ptr": None}
+            for name, types, constants in (
+                ("sums", _types(dtype), launch),
+                ("alone", _types(dtype), alone),
+                ("weights", weights, launch),
+            ):
+                yield aot_case(
+                    f"sum_rows {name} {tile}",
+                    sum_rows_kernel,
+                    types,
+                    constants,
+                    max_registers=128,
+                    load=load,
+                )
 
 
 def _types(dtype: torch.dtype) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """Fixtures that several test folders share."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,13 @@ import pytest
 # Tiny tensors: more threads only wait for each other, and far longer on a busy machine. Set before
 # torch is imported, so that child processes have it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Which kernels are faster is measured once a session, and never taken from the user's own cache;
+# child processes and the workers of pytest-xdist have the same file.
+_OWN_CACHE = None
+if "DFPTKD_KERNEL_CACHE" not in os.environ:
+    _OWN_CACHE = tempfile.mkdtemp(prefix="dfptkd-tests-")
+    os.environ["DFPTKD_KERNEL_CACHE"] = f"{_OWN_CACHE}/kernels.json"
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -36,7 +45,22 @@ def cifar100_root(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -
     return root
 
 
+def pytest_unconfigure() -> None:
+    """Takes the session's own cache away."""
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def _no_data_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test finds only the data that it names."""
     monkeypatch.delenv("DFPTKD_DATA", raising=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables that tests have made (`record_property("table", text)`)."""
+    reports = [r for state in ("passed", "failed") for r in terminalreporter.stats.get(state, [])]
+    for report in reports:
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "table":
+                terminalreporter.write_line(f"\n{text}")

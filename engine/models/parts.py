@@ -62,8 +62,9 @@ def init_convolutions(model: nn.Module) -> None:
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """ShuffleNet's interleaving: channel (g, c) of [B, G * C', H, W] moves to (c, g)."""
     batch, channels, height, width = x.shape
-    x = x.reshape(batch, groups, channels // groups, height, width).transpose(1, 2)
-    return x.reshape(batch, channels, height, width)
+    # Pixels first: one copy that ends in channels_last, where channels first would need a second.
+    x = x.permute(0, 2, 3, 1).reshape(batch, height, width, groups, channels // groups)
+    return x.transpose(3, 4).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 @contextmanager

@@ -17,15 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...kernels import affine_relu, batch_norm_affine, partial_pointwise_conv, which_backend
-from ...kernels.backend import autocast_dtype, forced_backend
+from ...kernels import affine_relu, batch_norm_affine, partial_pointwise_conv
+from ...kernels.backend import Call, autocast_dtype, choose_at, decide_at, is_measuring
 from ...kernels.partial_pointwise_conv import partial_conv
 from ..config import PromptConfig
 from ..errors import UsageError
-
-# Forward and backward of a pair on two cores, eager time over native: 1.2 to 1.8 up to 32 channels
-# in the middle, 0.9 to 1.1 at 64, 0.6 to 0.8 at 128. No GPU has measured the Triton kernels yet.
-_WIDEST = {"native": 32}
 
 
 class PartialConv2d(nn.Module):
@@ -60,7 +56,7 @@ class PromptBlock(nn.Module):
         width = max(channels // config.r1, config.min_width)
         touched = max(int(width * config.r2 + 0.5), 1)
         norm, act = config.prompt_norm, config.prompt_act
-        self.width = width
+        self.words = (f"width {width}", f"partial {touched}", *config.kernels)
         self.parallel = config.arrangement == "parallel"
         self.down = _pointwise(channels, width, norm, act)
         self.scales = nn.ModuleList(
@@ -78,13 +74,6 @@ class PromptBlock(nn.Module):
             for scale in self.scales:
                 h = scale(h)
         return self.up(h)
-
-    def is_fused(self, x: Tensor) -> bool:
-        """Whether `fused` serves x, and faster or by `use_backend`."""
-        backend = which_backend("partial_pointwise_conv", x, autocast_dtype(x))
-        if backend == "reference":
-            return False
-        return backend == forced_backend() or self.width <= _WIDEST.get(backend, 0)
 
     def fused(self, x: Tensor) -> Pending:
         """The same prompt by `partial_pointwise_conv`, its last BatchNorm pending."""
@@ -134,15 +123,37 @@ class PromptFusion(nn.Module):
             else nn.Identity()
         )
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        fusion = (config.fusion_norm, act, config.fusion_groups) if config.fusion else ("none",)
+        # What the work of the pair depends on beside its input: see kernels.backend.Site.
+        self.words = (
+            *self.prompt.words,
+            config.arrangement,
+            config.prompt_norm,
+            config.prompt_act,
+            "fusion",
+            *fusion,
+        )
         self._initialise(config.init)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> same
-        if self.prompt.is_fused(x) and not self._is_synchronised():
+        if self.backend(x) != "reference":
             return self._fused(x)
         prompt = self.prompt(x)
         if self.observer is not None:
             self.observer(x, prompt)
         return self.fusion(x + prompt)
+
+    def backend(self, x: Tensor) -> str:
+        """The backend of the pair's convolutions for x [B, C, H, W]; the reference: plain layers.
+
+        The reference unless measured choices or `use_backend` say otherwise.
+        """
+        if self._is_synchronised():
+            return "reference"
+        at = ("prompt_pair", x, x.shape[1:], self.words, autocast_dtype(x))
+        if is_measuring():
+            return decide_at(Call(self, (x,)), *at)
+        return choose_at(*at)
 
     def _is_synchronised(self) -> bool:
         """Whether BatchNorms add their sums up over processes; the kernels' sums are one's own."""
@@ -228,7 +239,8 @@ def _batch_norm(
         sums, squared_sums, norm.weight, norm.bias, count, norm.eps
     )
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)  # type: ignore[union-attr]
         norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)  # type: ignore[union-attr]
     return scale, shift

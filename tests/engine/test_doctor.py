@@ -28,6 +28,15 @@ def test_missing_part_is_named_with_its_cost(monkeypatch, capsys):
     assert "the native library is not built  [CPU operations run as eager" in out
 
 
+def test_a_triton_that_cannot_launch_is_said_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_has_module", lambda name: name == "triton")
+    monkeypatch.setattr(backend, "_find_triton", lambda: "Failed to find C compiler")
+    assert doctor.run_doctor() == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("triton"))
+    assert "-- " in line
+    assert "Failed to find C compiler  [no fused GPU kernels" in line
+
+
 def test_broken_core_returns_1(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise OSError("undefined symbol")

@@ -69,6 +69,7 @@ def parts_of(setting: profiling.Setting, backend: str | None = None) -> list[Par
     """Parts in the order in which a step enters them, repetitions left out."""
     step, entered = setting.step(setting.config.method), []
     batches = setting.batches()
+    step.choose_kernels(next(batches))  # is no step
     with borders(step, entered.append):
         if backend is None:
             step(next(batches), 0)
@@ -134,7 +135,7 @@ BACKWARD = [
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_parts_come_in_the_order_of_the_walk_and_backward_in_the_opposite_one(backend):
     """Both where a pair is one fused call and where its modules are called one by one."""
-    assert parts_of(setting_of(), backend) == [
+    assert parts_of(setting_of(kernels="native"), backend) == [
         *FORWARD, *(Part(name, True) for name in BACKWARD), Part(REST), Part(OPTIMIZER), Part(REST),
         Part(LOGGING), Part(REST),
     ]  # fmt: skip
@@ -143,8 +144,11 @@ def test_parts_come_in_the_order_of_the_walk_and_backward_in_the_opposite_one(ba
 def test_the_native_pair_was_among_them():
     if which_backend("partial_pointwise_conv", torch.zeros(1)) == "reference":
         pytest.skip("no native library")
-    dual = setting_of().step("dfpt").method.teacher
-    assert dual.pairs["stage1"].prompt.is_fused(torch.zeros(1, 16, 8, 8))
+    setting = setting_of(kernels="native")
+    step = setting.step("dfpt")
+    step(next(setting.batches()), 0)
+    found = {site.operation: name for site, name in step.kernels.choices.items()}
+    assert found["prompt_pair"] == "native"
 
 
 def test_a_copied_backbone_has_a_backward_of_every_stage():

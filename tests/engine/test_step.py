@@ -27,8 +27,9 @@ def make_step(method="dfpt", *, loss=DEFAULT, optim=OPTIM, per_epoch=8, eval_mod
     student = create_model("cifar:resnet8", num_classes=10)
     teacher = None if method == "ce" else create_model("cifar:resnet14", num_classes=10)
     config = RunConfig(
-        method=method, loss=loss, optim=optim, data=DATA_CONFIG, device="cpu", epochs=1, **run
-    )
+        method=method, loss=loss, optim=optim, data=DATA_CONFIG, device="cpu", epochs=1,
+        **{"kernels": "native", **run},  # nothing is timed
+    )  # fmt: skip
     made = build_method(config, student, teacher).train(not eval_mode)
     return TrainStep(made, config, DATA, total_steps=100, steps_per_epoch=per_epoch, device=CPU)
 
@@ -207,6 +208,7 @@ def factors(step, count=6):
         seen.append(distillation)
         return forward(images, target, distillation, **frozen)
 
+    step.choose_kernels(batches(count=1)[0])  # is no step
     step.method.forward = spy
     train(step, count=count)
     return seen
@@ -411,7 +413,8 @@ def test_the_gate_changes_no_bit_of_a_good_step(clip, monkeypatch):
     for i, batch in enumerate(batches(count=3)):
         gated(batch, i)
         bare.zero_grad()
-        plain.method(plain.normalise(batch), batch.labels).total.backward()
+        with gated.kernels.in_force():
+            plain.method(plain.normalise(batch), batch.labels).total.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(plain.params, clip)
         bare.step()
@@ -504,7 +507,7 @@ def broken_compiler(monkeypatch):
 
 
 def test_a_mode_of_auto_that_fails_leaves_the_step_to_eager(broken_compiler):
-    step, expected = make_step("dfpt_plus"), make_step("dfpt_plus")
+    step, expected = (make_step("dfpt_plus", kernels="reference") for _ in range(2))
     expected.method.compile_regions(disable=True)
     expected.mode = "eager"
     train(step, count=2)

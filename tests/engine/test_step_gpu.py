@@ -109,7 +109,7 @@ def test_a_capture_moves_nothing(data, method, name):
 def test_a_step_reads_nothing_back(data, mode, precision):
     step = make_step(data, mode, precision=precision, loss=LossConfig(warmup_epochs=0.5))
     first, *rest = batches(data)
-    step.certify(first)
+    step.choose_kernels(first)
     step(first, 0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -41,7 +41,7 @@ AUGMENTATIONS = {
 
 
 def make_config(root: Path, method: str = "kd", remember: str = "off", **changes) -> RunConfig:
-    """Twelve steps in four epochs."""
+    """Twelve steps in four epochs, by kernels that no measurement chooses."""
     data = changes.pop("data", {})
     config = RunConfig(
         recipe="tiny",
@@ -53,6 +53,7 @@ def make_config(root: Path, method: str = "kd", remember: str = "off", **changes
         eval_every=4,
         checkpoint_every=4,
         device="cpu",
+        kernels="reference",
         out_root=str(root / "runs"),
         data=replace(
             DataConfig(name="synthetic", num_classes=4, image_size=16, limit=IMAGES), **data
@@ -81,10 +82,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """The user's cache of a test; kernels are found where they were."""
-    from dfptkd.kernels.backend import unavailable
-
-    unavailable("native")  # loaded from the cache that was, if it is there
+    """The user's cache, a test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/dfptkd/teacher-logits"
 
@@ -333,14 +331,15 @@ def test_sizes_that_give_other_bits_are_not_used(
 # Files -------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_finds_what_the_first_has_left(root, tmp_path, without, cache):
-    first = run(make_config(root, remember="file", out=str(tmp_path / "a")))
+def test_a_second_run_finds_what_the_first_has_left(root, tmp_path, cache):
+    own = {"kernels": "auto"}  # measured by the first, known to the others
+    first = run(make_config(root, remember="file", out=str(tmp_path / "a"), **own))
     assert known_at_start(first) == 0
-    again = run(make_config(root, remember="file", out=str(tmp_path / "b")))
+    again = run(make_config(root, remember="file", out=str(tmp_path / "b"), **own))
     assert shares(again) == [100, 100, 100, 100]
     assert_same(first, again)
-    assert_same(first, without())
-    other = run(make_config(root, "dkd", "file", seed=1, out=str(tmp_path / "d")))
+    assert_same(first, run(make_config(root, out=str(tmp_path / "c"), **own)))
+    other = run(make_config(root, "dkd", "file", seed=1, out=str(tmp_path / "d"), **own))
     assert known_at_start(other) == known_at_start(again) > 0  # no matter which method or seed
     assert len(list(cache.iterdir())) == 1
 

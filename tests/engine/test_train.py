@@ -212,7 +212,7 @@ def test_a_run_goes_on_in_another_execution_mode(root, tmp_path):
     config = make_config(root, "kd", out=str(tmp_path / "mixed"), optim=OptimConfig(lr=1e-3))
     run(replace(config, max_steps=3))
     torch.compiler.reset()
-    result = run(replace(config, step=StepConfig(mode="compile")))
+    result = run(replace(config, kernels="native", step=StepConfig(mode="compile")))
     assert result.step == 6
     assert [row["step"] for row in rows(tmp_path / "mixed")] == ["3", "6"]
     run(replace(config, out=str(tmp_path / "eager")))

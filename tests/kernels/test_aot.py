@@ -2,9 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
+import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -57,16 +58,63 @@ def dual():
     return case, aot.case_report(case, 90)
 
 
-def test_every_launch_in_bf16_on_sm_90_passes_the_gate():
-    command = [sys.executable, "-m", "dfptkd.bench.aot"]
-    done = subprocess.run(
-        [*command, "--caps", "90", "--dtypes", "bf16", "--json"], capture_output=True, text=True
-    )
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["kernel"], row["faults"]) for row in rows if row["faults"]] == []
-    assert done.returncode == 0, done.stderr
-    cases = [case for file in KERNELS for case in file.aot_cases(torch.bfloat16)]
-    assert [row["kernel"] for row in rows] == [case.name for case in cases]
+def smallest_middle_largest(names):
+    """Indices: of launches that differ in their number of channels or classes alone, three.
+
+    `make aot` compiles them all, for every architecture and dtype.
+    """
+    kinds = {}
+    for index, name in enumerate(names):
+        kinds.setdefault(re.sub(r"C=\d+", "C=", name), []).append(index)
+    sizes = [{same[0], same[len(same) // 2], same[-1]} for same in kinds.values()]
+    return sorted(set().union(*sizes))
+
+
+def test_every_kind_of_launch_in_bf16_on_sm_90_passes_the_gate():
+    jobs = [
+        (file, "bf16", index, 90)
+        for file in aot.KERNEL_FILES
+        for index in smallest_middle_largest([case.name for case in aot._cases(file, "bf16")])
+    ]
+    assert len(jobs) > 100
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(aot._compile_one, jobs, chunksize=4))
+    assert [(row.kernel, row.faults) for row in rows if row.faults] == []
+
+
+def test_the_command_fails_on_a_fault_and_prints_a_line_a_launch(dual, monkeypatch, capsys):
+    case, report = dual
+    sound = aot.Row(case.name, "bf16", 90, report, [])
+    spilling = replace(sound, faults=["8 bytes of stack: registers spill"])
+    asked = []
+
+    def compile_all(*what):
+        asked.append(what)
+        yield from rows
+
+    monkeypatch.setattr(aot, "compile_all", compile_all)
+    for rows, code in (([sound], 0), ([sound, spilling], 1)):
+        assert aot.main(["--caps", "90", "--dtypes", "bf16", "--json"]) == code
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(line["kernel"], line["faults"]) for line in lines] == [
+            (row.kernel, row.faults) for row in rows
+        ]
+    assert asked == [([90], ["bf16"])] * 2
+
+
+def test_every_launch_is_among_those_that_the_command_compiles(monkeypatch):
+    class InProcess:
+        def __init__(self, *_, **__):
+            pass
+
+        __enter__, __exit__ = (lambda self: self), (lambda *_: None)
+        map = staticmethod(lambda function, jobs, chunksize: jobs)
+
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", InProcess)
+    jobs = list(aot.compile_all([90], ["bf16"]))
+    cases = {file: aot._cases(file, "bf16") for file in aot.KERNEL_FILES}
+    names = [cases[file][index].name for file, _, index, _ in jobs]
+    assert names == [case.name for file in KERNELS for case in file.aot_cases(torch.bfloat16)]
 
 
 def test_each_logit_is_loaded_once_where_a_row_fits_in_registers(dual):

@@ -1,7 +1,9 @@
 """Choice of a backend: automatic, forced, refused, logged, and seen through torch.compile."""
 
 import logging
+import subprocess
 import threading
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -33,6 +35,22 @@ def no_library(monkeypatch, tmp_path):
     yield
     monkeypatch.undo()
     backend._load_native.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in of a GPU that nothing has asked yet, and a Triton whose probe can be set."""
+    probe = pytest.importorskip("dfptkd.kernels.triton_probe")
+    kernel = MagicMock()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(probe, "nothing_kernel", kernel)
+    backend._probe_triton.cache_clear()
+    backend._log_fallback_once.cache_clear()
+    yield kernel.__getitem__.return_value
+    monkeypatch.undo()
+    backend._probe_triton.cache_clear()
+    backend._log_fallback_once.cache_clear()
 
 
 @pytest.mark.parametrize("operation", sorted(backend.OPERATIONS))
@@ -108,6 +126,66 @@ def test_triton_runs_on_cpu_tensors_only_under_its_interpreter(monkeypatch):
     with use_backend("triton"):
         assert which_backend("normalize_images", IMAGES) == "triton"
     assert which_backend("normalize_images", IMAGES) == "reference"  # never on its own
+
+
+def test_triton_serves_where_its_probe_launches_and_is_asked_once(gpu):
+    for operation in ("normalize_images", "normalize_images", "frozen_relu"):
+        assert which_backend(operation, cuda_images(), torch.float32) == "triton"
+    assert gpu.call_count == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC"),
+        FileNotFoundError(2, "No such file or directory", "/nonexistent"),
+        PermissionError(13, "Permission denied", "/root/.triton"),
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        ImportError("cuda_utils.so: cannot open shared object file"),
+        "PTXASError",
+        "OutOfResources",
+    ],
+    ids=lambda e: e if isinstance(e, str) else type(e).__name__,
+)
+def test_a_triton_that_cannot_launch_leaves_all_to_the_reference_and_says_so_once(
+    gpu, caplog, error
+):
+    if error == "PTXASError":
+        error = pytest.importorskip("triton.runtime.errors").PTXASError("unknown gpu\nmore")
+    elif error == "OutOfResources":
+        error = pytest.importorskip("triton.runtime.errors").OutOfResources(9, 1, "shared memory")
+    gpu.side_effect = error
+    with caplog.at_level(logging.WARNING, logger=backend.__name__):
+        for operation in ("normalize_images", "frozen_relu", "dual_path_loss"):
+            assert backend.choose(operation, cuda_images(), torch.float32) == "reference"
+    reason = backend.unavailable("triton")
+    assert reason.startswith("triton cannot launch a kernel: ")
+    assert str(error).splitlines()[0].rstrip(".: ") in reason
+    assert "\n" not in reason
+    assert [record.getMessage() for record in caplog.records] == [
+        f"fused operations: {reason}; the reference serves it, slower"
+    ]
+    assert gpu.call_count == 1
+    with use_backend("triton"), pytest.raises(RuntimeError, match="triton cannot launch"):
+        which_backend("frozen_relu", cuda_images(), torch.float32)
+    assert isinstance(error, backend.backend_failures())
+
+
+def test_triton_is_not_probed_without_a_gpu_nor_within_a_capture(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.unavailable("triton") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "_is_capturing", lambda: True)
+    assert backend.unavailable("triton") is None
+    assert gpu.call_count == 0
+    monkeypatch.setattr(backend, "_is_capturing", lambda: False)
+    gpu.side_effect = RuntimeError("no driver")
+    assert backend.unavailable("triton") == "triton cannot launch a kernel: no driver"
+
+
+def test_failures_of_a_backend_are_not_those_of_the_program():
+    assert not issubclass(ValueError, backend.backend_failures())
+    assert not issubclass(KeyboardInterrupt, backend.backend_failures())
 
 
 def test_unknown_names_raise():

@@ -213,6 +213,26 @@ def test_compiles_as_one_graph(name, layout):
     assert any("dfptkd.frozen_relu" in target for target in seen) == (name == "native")
 
 
+def test_compiled_on_cuda_no_operator_stands_between_inductor_and_its_neighbours(monkeypatch):
+    monkeypatch.setitem(backend._AUTOMATIC, "cpu", "triton")  # a stand-in of a GPU
+    monkeypatch.setattr(backend, "_find_triton", lambda: None)
+    torch._dynamo.reset()
+    seen = []
+
+    def compiler(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x, grad_y = make_x(), make_x(seed=1)
+    with use_backend("reference"):
+        expected = results(frozen_relu, x, grad_y)
+    for by in ("aot_eager", compiler):
+        compiled = torch.compile(frozen_relu, fullgraph=True, backend=by)
+        assert_same(results(compiled, x, grad_y), expected)
+    assert seen
+    assert not any("dfptkd" in target for target in seen)
+
+
 @needs_native
 def test_operators_stay_in_bounds():
     x = make_x((4, 8))

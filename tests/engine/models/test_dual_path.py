@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from error_bounds import growth
 from torch import Tensor, nn
 
 from dfptkd.engine.config import OptimConfig, PromptConfig, RunConfig
@@ -117,19 +118,23 @@ def test_M8_original_path_has_the_bits_of_the_unsplit_teacher(name, plus):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_M8_folded_original_path_equals_the_unsplit_teacher_within_rounding(name):
-    folded, exact = make_dual(name), make_dual(name, fold=False)
+    """In fp64, whose rounding no ReLU of so shallow a network makes as large as a mistake."""
+    folded, exact = (
+        DualPathTeacher(make_model(name).double(), fold_bn=fold).double() for fold in (True, False)
+    )
+    x = images().double()
     with torch.no_grad():
-        want = make_model(name)(images())
+        want = make_model(name).double()(x)
     scale = want.abs().max().item()
-    got = folded.original_path(images())
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * scale)
+    got = folded.original_path(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11 * scale)
     assert not torch.equal(got, want)  # it did fold
     exact.load_trained_state(folded.trained_state())
-    z_folded, z_exact = folded.eval()(images()), exact.eval()(images())
+    z_folded, z_exact = folded.eval()(x), exact.eval()(x)
     assert torch.equal(z_folded.teacher_logits, got)
     scale = z_exact.prompt_logits.abs().max().item()
     torch.testing.assert_close(
-        z_folded.prompt_logits, z_exact.prompt_logits, rtol=0, atol=1e-5 * scale
+        z_folded.prompt_logits, z_exact.prompt_logits, rtol=0, atol=1e-11 * scale
     )
 
 
@@ -408,8 +413,9 @@ def test_M12_sharing_the_first_stage_changes_no_loss_and_no_gradient(name):
     twice_total, twice_terms, twice_gradients = losses_and_gradients(dual, student, z_T, z_P)
     assert torch.equal(total, twice_total)
     assert torch.equal(terms, twice_terms)
+    # The same bits forward; backward, sums of up to N H W products in whatever order.
     for a, b in zip(gradients, twice_gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
 
 
 def test_M12_a_copied_stage_is_not_shared():
@@ -580,7 +586,9 @@ def test_M47_prompt_norms_are_the_ratios_of_the_norms():
             with torch.no_grad():
                 p = pair.prompt(x)
             ratios = torch.stack([p[i].norm() / x[i].norm() for i in range(len(batch))])
-            torch.testing.assert_close(norms[name], ratios, rtol=1e-5, atol=0)
+            # Of two norms; and p itself, by other kernels.
+            rounding = 3 * growth(p[0].numel())
+            torch.testing.assert_close(norms[name], ratios, rtol=rounding, atol=0)
             assert not norms[name].requires_grad
         assert len(norms) == 3
 
@@ -604,16 +612,19 @@ def test_M47_observers_are_gone_afterwards_and_after_an_error():
     assert all(pair.observer is None for pair in dual.pairs.values())
 
 
-def test_joint_paths_are_the_same_paths_in_fewer_calls():
-    """Logits and gradients within rounding, the original path without a graph."""
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 1e-2)])
+def test_joint_paths_are_the_same_paths_in_fewer_calls(dtype, rounding):
+    """Logits and gradients within rounding, which flips a ReLU of an fp32 network now and then; the
+    original path without a graph."""
     found = {}
     for joint in (False, True):
         torch.manual_seed(0)
         dual = DualPathTeacher(create_model("cifar:resnet14", num_classes=10), joint=joint)
+        dual = dual.to(dtype)
         calls = []
         for stage in dual.original.stages:
             stage.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        output = dual(images(batch=4))
+        output = dual(images(batch=4).to(dtype))
         assert not output.teacher_logits.requires_grad
         output.prompt_logits.square().sum().backward()
         grads = [p.grad for p in dual.prompt_parameters()]
@@ -621,7 +632,7 @@ def test_joint_paths_are_the_same_paths_in_fewer_calls():
     (apart, apart_calls), (together, together_calls) = found[False], found[True]
     assert (apart_calls, together_calls) == (1 + 2 + 2, 3)
     for a, b in zip(apart, together, strict=True):
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
+        assert (a - b).norm() <= rounding * max(a.norm(), 1e-2)
 
 
 def test_joint_paths_need_a_frozen_backbone():

@@ -1,0 +1,242 @@
+"""What was measured on this machine: choices of backends in a file of the user's cache folder.
+
+One JSON file for all machines that share the folder. An entry counts only where device, driver,
+versions, threads and the sources of `kernels/` are those that it was measured with.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels import backend
+from ..kernels.backend import BACKENDS, COMPOSITES, OPERATIONS, Site
+from .errors import StorageError
+from .files import first_line, write_atomically
+from .log import hardware, versions
+
+FORMAT = "dfptkd.kernels/1"
+VARIABLE = "DFPTKD_KERNEL_CACHE"  # names another file
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How a fused backend compares with fp64 on real inputs, where it compares worst."""
+
+    backend: str
+    holds: bool
+    tensor: str = ""
+    """An output, a statistic or a gradient."""
+    error: float = 0.0
+    """Of the fused backend, over the tensor's largest value."""
+    eager_error: float = 0.0
+    """Of eager PyTorch, likewise."""
+    failure: str = ""
+    """Why there is nothing to compare, or no use in it."""
+
+    def __str__(self) -> str:
+        if self.failure:
+            return self.failure
+        return (
+            f"{self.tensor} is off by {self.error:.1e}, eager PyTorch by {self.eager_error:.1e} "
+            "(relative, against fp64)"
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of a site, and why it is that."""
+
+    site: Site
+    images: int
+    """Of the call that was measured."""
+    backend: str
+    why: str
+    """One phrase."""
+    median_us: dict[str, float]
+    """Backend -> median of forward and backward, in the run's mode; empty where none was timed."""
+    certificate: Certificate | None = None
+    """Of the fused backend, chosen or not; None where none could serve."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a run's record and the cache have it."""
+        own = {
+            **self.site._asdict(),
+            "dtype": str(self.site.dtype).removeprefix("torch."),
+            "shape": list(self.site.shape),
+            "options": list(self.site.options),
+        }
+        rest = {k: v for k, v in asdict(self).items() if k != "site"}
+        return own | rest
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Choice:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: It is none.
+        """
+        try:
+            site = Site(
+                values["operation"],
+                values["device"],
+                getattr(torch, values["dtype"]),
+                tuple(values["shape"]),
+                tuple(values["options"]),
+            )
+            certificate = values["certificate"]
+            found = cls(
+                site,
+                values["images"],
+                values["backend"],
+                values["why"],
+                {name: float(median) for name, median in values["median_us"].items()},
+                None if certificate is None else Certificate(**certificate),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"no choice of a backend: {first_line(error)}") from error
+        names = (*OPERATIONS, *COMPOSITES)
+        is_known = site.operation in names and found.backend in BACKENDS
+        if not is_known or not isinstance(site.dtype, torch.dtype):
+            raise ValueError(f"no choice of a backend: {site.operation} by {found.backend}")
+        return found
+
+    def __str__(self) -> str:
+        """The site, for people."""
+        shape = "x".join(map(str, self.site.shape))
+        words = [self.site.operation, str(self.site.dtype).removeprefix("torch."), shape]
+        return " ".join([*words, *map(str, self.site.options)])
+
+
+class KernelCache:
+    """The choices that were measured on this machine.
+
+    Args:
+        mode: Execution mode in which they were timed.
+        warn: Gets one line if the file is damaged; it is then measured anew and written over.
+        path: The file; absent: that of the user.
+    """
+
+    def __init__(
+        self, mode: str, warn: Callable[[str], None] = print, path: Path | None = None
+    ) -> None:
+        self.mode, self.warn = mode, warn
+        self.path = cache_path() if path is None else path
+        self._has_warned = False
+        self._known: dict[str, Any] | None = None
+
+    def find(self, site: Site, images: int) -> Choice | None:
+        """What was known of a site, measured with so many images, when this object first looked."""
+        if self._known is None:
+            self._known = self._read()
+        machine = _digest(describe_machine(site.device))
+        entries = self._known["machines"].get(machine, {}).get("choices", {})
+        values = entries.get(self._key(site, images))
+        return None if values is None else Choice.from_json(values)
+
+    def settle(self, choice: Choice) -> Choice:
+        """Writes a choice down, or takes over the one that another process has written meanwhile.
+
+        A file that cannot be written is no error: the next run measures again.
+        """
+        machine, key = describe_machine(choice.site.device), self._key(choice.site, choice.images)
+        with suppress(OSError, StorageError), self._locked():
+            whole = self._read()
+            own = whole["machines"].setdefault(_digest(machine), {"machine": machine})
+            entries = own.setdefault("choices", {})
+            if key in entries:
+                return Choice.from_json(entries[key])
+            entries[key] = choice.to_json() | {"mode": self.mode}
+            text = json.dumps(whole, indent=1)
+            write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+        return choice
+
+    def of_machine(self, device: str) -> list[tuple[str, Choice]]:
+        """(mode, choice) of all that is known of this machine's device, in the file's order."""
+        found = self._read()["machines"].get(_digest(describe_machine(device)), {})
+        return [(v["mode"], Choice.from_json(v)) for v in found.get("choices", {}).values()]
+
+    def _key(self, site: Site, images: int) -> str:
+        values = Choice(site, images, "", "", {}).to_json()
+        names = ("operation", "device", "dtype", "shape", "options")
+        return json.dumps([self.mode, images, *(values[name] for name in names)])
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']!r}, expected {FORMAT!r}")
+            for machine in found["machines"].values():
+                for values in machine["choices"].values():
+                    Choice.from_json(values)
+                    str(values["mode"])
+            return found
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
+            if not self._has_warned:
+                self._has_warned = True
+                self.warn(
+                    f"{self.path}: expected choices of kernels in JSON ({first_line(e)}): they are "
+                    "measured anew"
+                )
+        return {"format": FORMAT, "machines": {}}
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Of several processes one at a time, where the file system knows locks."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path.with_name(f"{self.path.name}.lock"), "w") as file:
+            with suppress(OSError):  # no locks here: then the last of two writers wins
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def cache_path() -> Path:
+    """The user's file: DFPTKD_KERNEL_CACHE, or beside the native library in the cache folder."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else backend.cache_folder() / "kernels.json"
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a measurement on this type of device holds for."""
+    about = {**_describe_device(device), "threads": torch.get_num_threads()}
+    return about | {"torch": torch.__version__, "kernels": _digest_of_kernels()}
+
+
+@functools.cache
+def _describe_device(device: str) -> dict[str, Any]:
+    found = hardware(torch.device(device))
+    about = {name: found[name] for name in ("device", "cpu")}
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability()
+        about |= {
+            "capability": list(capability),
+            "driver": torch._C._cuda_getDriverVersion(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "triton": versions().get("triton"),
+        }
+    return about
+
+
+def _digest(machine: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _digest_of_kernels() -> str:
+    """Names the state of the sources of all kernels."""
+    folder = Path(backend.__file__).parent
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
