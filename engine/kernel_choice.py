@@ -115,6 +115,8 @@ class KernelChoices:
         """
         found = [Choice.from_json(values) for values in record]
         self.table |= {choice.site: choice for choice in found}
+        for name in {choice.backend for choice in found}:
+            backend.unavailable(name)  # asking loads it: this process may not have measured
         self._settle()
 
     def missing(self, device: str) -> tuple[str, str] | None:

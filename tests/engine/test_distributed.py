@@ -413,6 +413,15 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(runs):
     assert_same_end(runs / out, runs / "whole")
 
 
+def test_ranks_that_remember_the_teachers_logits_end_the_same(runs):
+    options = train_options(runs, "remembered")
+    start_processes(2, ["command", *options, "--teacher.remember", "memory"])
+    events = (runs / "remembered/events.jsonl").read_text()
+    shares = [float(share) for share in re.findall(r"([\d.]+) % of \d+ images were known", events)]
+    assert max(shares) > 0
+    assert_same_end(runs / "remembered", runs / "whole")
+
+
 def test_a_run_goes_on_with_another_number_of_processes(runs, capsys):
     """One, two, one; by the launch line of the README, said by rank 0 alone."""
     args = train_options(runs, "mixed")
