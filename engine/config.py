@@ -189,6 +189,10 @@ class TeacherConfig:
     """train-teacher: learning rate at `global_batch`."""
     global_batch: int = 64
     """train-teacher: images in an optimisation step."""
+    remember: Literal["auto", "memory", "file", "off"] = "auto"
+    """Keep the logits that the frozen teacher gives each form (crop, flip) of each training image:
+    memory: for this run (all its seeds); file: beside the data too (or in the user's cache), for
+    later runs; auto: where hits are expected and memory allows, with a file where it is small."""
     train_if_missing: bool = False
     """Train the teacher first where there is none, in place of an error (the quick start)."""
 

@@ -34,6 +34,7 @@ from .run_memory import Memory, MemoryModel, traced_twin
 from .stand_in import pair_cost, stand_in
 from .step import choose_mode
 from .teacher import find_teacher, run_folder
+from .teacher_logits import Outlook, outlook
 from .train import end_step
 
 PROBE_SECONDS = 60.0
@@ -138,6 +139,8 @@ class Plan:
     disk: Disk
     hours: Hours | None
     notes: list[str]
+    logits: Outlook | None = None
+    """Whether the teacher's are remembered; None: there is no teacher."""
 
     @property
     def lacking(self) -> list[tuple[str, int, int]]:
@@ -192,6 +195,7 @@ class Plan:
                 "need": memory.need,
                 "available": self.memory_available,
             },
+            "teacher_logits": None if self.logits is None else dataclasses.asdict(self.logits),
             "largest_batch": self.largest_batch,
             "disk": {**dataclasses.asdict(self.disk), "need": self.disk.need},
             "hours": None if hours is None else dataclasses.asdict(hours),
@@ -214,12 +218,25 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     facts = data_facts(config.data)
     twin = stand_in(config, facts)
     built = build(traced_twin(twin), device)
-    model = MemoryModel(config, facts, built)
-    memory, available = model.at(config.global_batch), available_bytes(device)
+    per_epoch = steps_per_epoch(facts.train_images, config.global_batch)
+    steps, available = end_step(config, config.epochs * per_epoch), available_bytes(device)
+    logits = None
+    if config.method != "ce":
+        logits = outlook(
+            config,
+            images=facts.train_images,
+            forms=facts.forms(config.data),
+            num_classes=facts.num_classes,
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            mode=mode,
+            device=device,
+            available=available,
+        )
+    remembered = 0 if logits is None or logits.obstacle is not None else logits.bytes
+    model = MemoryModel(config, facts, built, remembered)
+    memory = model.at(config.global_batch)
     largest = model.largest_batch(available)
-    steps = end_step(
-        config, config.epochs * steps_per_epoch(facts.train_images, config.global_batch)
-    )
     notes = list(_notes(config, facts, memory, available, mode))
     hours = None
     if probe:
@@ -249,6 +266,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         disk=disk_need(config, built, model.saved_tensors()),
         hours=hours,
         notes=notes,
+        logits=logits,
     )
 
 
@@ -339,6 +357,15 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     held = "folded weights, statistics" + (", CRD's banks" if config.loss.crd else "")
     yield "frozen networks", size(memory.frozen), held
     yield "data", size(memory.data), "resident images, test logits, batches decoded ahead"
+    if plan.logits is not None and plan.logits.obstacle is None:
+        kept = "in memory and a file" if plan.logits.file else "in memory"
+        yield (
+            "teacher logits", size(memory.logits),
+            f"remembered {kept}: {plan.logits.forms} forms of an image, expected for "
+            f"{100 * plan.logits.hits:.0f} % of all images",
+        )  # fmt: skip
+    elif plan.logits is not None:
+        yield "teacher logits", "-", f"not remembered: {plan.logits.obstacle}"
     if memory.libraries:
         yield "libraries", size(memory.libraries), ""
     yield (

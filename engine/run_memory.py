@@ -62,7 +62,10 @@ class Memory:
     loading: int
     """The same of the data while it is read."""
     reserve_share: float = 0.0
-    """What the allocator may hold of freed blocks, over what is in use, the data apart."""
+    """What the allocator may hold of freed blocks, over what is in use, large blocks that stay
+    apart: the data and the teacher's logits."""
+    logits: int = 0
+    """The teacher's, of the training images: when every form of each has been met."""
 
     @property
     def constant(self) -> int:
@@ -74,6 +77,7 @@ class Memory:
             + self.frozen
             + self.data
             + self.libraries
+            + self.logits
         )
 
     @property
@@ -91,7 +95,7 @@ class Memory:
     @property
     def reserve(self) -> int:
         """What the allocator may hold beyond."""
-        return round(self.reserve_share * (self.peak - self.data))
+        return round(self.reserve_share * (self.peak - self.data - self.logits))
 
     @property
     def need(self) -> int:
@@ -114,10 +118,11 @@ class MemoryModel:
         config: The run.
         facts: Its data.
         built: What `traced_twin` gives.
+        logits: Bytes of the teacher's logits that are remembered.
     """
 
-    def __init__(self, config: RunConfig, facts: DataFacts, built: Built) -> None:
-        self.config, self.facts, self.built = config, facts, built
+    def __init__(self, config: RunConfig, facts: DataFacts, built: Built, logits: int = 0) -> None:
+        self.config, self.facts, self.built, self.logits = config, facts, built, logits
         self.device = built.step.device
         self.parts = config.accumulate
         absent = facts.train_images - len(built.data.train)
@@ -144,6 +149,7 @@ class MemoryModel:
             step=self.step.peak(part * self.traced_parts) + round(beyond),
             evaluation=self._evaluation(),
             reserve_share=RESERVE_SHARE if self.device.type == "cpu" else 0.0,
+            logits=self.logits,
         )
 
     def largest_batch(self, budget: int) -> int:

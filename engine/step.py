@@ -253,7 +253,8 @@ class TrainStep:
         self.meter = EpochMeter(method.term_names, device, world)
         self.normalise = normaliser(data, DTYPES.get(self.precision, torch.float32))
         self.image_parts = self._image_parts
-        self.frozen_outputs = method.frozen_outputs
+        self.frozen_outputs: Callable[..., FrozenOutputs | None] = method.frozen_outputs
+        self.remembers = False
         self.warmup_steps = config.loss.warmup_epochs * steps_per_epoch
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         moved: list[Tensor] = []
@@ -430,11 +431,12 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         before = self.gate.remember()
         outputs: list[tuple[StepOutput, int]] = []
-        parts = zip(images, self._label_parts(batch), self._sample_parts(batch), strict=True)
-        for i, (part, labels, samples) in enumerate(parts):
+        columns = self._label_parts(batch), self._sample_parts(batch), self._place_parts(batch)
+        parts = zip(images, *columns, strict=True)
+        for i, (part, labels, samples, places) in enumerate(parts):
             with accumulating(self.replicas, is_last=i + 1 == len(images)):
                 with span("forward"), self.training_forward():
-                    frozen = known[i] if known else self.frozen_outputs(part)
+                    frozen = known[i] if known else self.frozen_outputs(part, *places)
                     output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
                     share = len(labels) / len(batch.labels)
@@ -471,6 +473,12 @@ class TrainStep:
 
     def _sample_parts(self, batch: Batch) -> tuple[tuple[Samples, ...], ...]:
         return tuple(self.samples(part) for part in batch.indices.chunk(self.config.accumulate))
+
+    def _place_parts(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
+        """What `frozen_outputs` takes beside images: where their logits are, if remembered."""
+        if not self.remembers:
+            return ((),) * len(self._label_parts(batch))
+        return tuple((part,) for part in batch.places().chunk(self.config.accumulate))
 
     def _rows(self, outputs: list[StepOutput]) -> BankRows:
         """What all parts, in all processes, are to be remembered by."""
@@ -552,9 +560,15 @@ class TrainStep:
             return
         if other is None:
             self.image_parts = Remembered(self._image_parts)
-            self.frozen_outputs = Remembered(self.method.frozen_outputs)
+            self.frozen_outputs = Remembered(self.frozen_outputs)
         else:
             self.image_parts, self.frozen_outputs = other.image_parts, other.frozen_outputs
+            self.remembers = other.remembers
+
+    def remember_logits(self, outputs: Callable[[Tensor, Tensor], FrozenOutputs | None]) -> None:
+        """Ask `outputs` what the frozen teacher makes of images: [B, 3, H, W] and their
+        `Batch.places`, int64 [B]."""
+        self.frozen_outputs, self.remembers = outputs, True
 
     def glance(self) -> SkipCounts | None:
         """See `Gate.glance`."""

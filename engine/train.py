@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .alarms import (
     fusion_warning,
@@ -34,10 +33,11 @@ from .data.crops import side_of_epoch
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .explain import EVALUATION, explained
-from .files import write_atomically
+from .files import save_file, write_atomically
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
 from .machine import check_machine, check_sizes, prepare_torch
+from .memory import available_bytes
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
@@ -49,6 +49,7 @@ from .run_record import run_record
 from .run_state import RunState
 from .step import SkipCounts, TrainStep, choose_mode
 from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
+from .teacher_logits import TeacherLogits, outlook
 from .together import RandomState, SharedBatches, take_turns
 from .watchdog import Watchdog
 
@@ -143,7 +144,7 @@ def run_seeds(config: RunConfig, world: World | None = None) -> list[RunResult]:
         for seed in seeds:
             own = dataclasses.replace(config, seed=seed, seeds=None)
             prefix = f"seed {seed}: " if len(seeds) > 1 else ""
-            made.append(prepare(own, data, device, stop, locks, prefix, world))
+            made.append(prepare(own, data, device, stop, locks, prefix, world, config.seeds))
         pending = [m for m in made if isinstance(m, Pending)]
         if len(pending) > 1:
             share(pending)
@@ -172,6 +173,7 @@ def prepare(
     locks: ExitStack,
     prefix: str = "",
     world: World = SINGLE,
+    seeds: tuple[int, ...] | None = None,
 ) -> Pending | RunResult:
     """Student, teacher and method of one run, or the result of one that is finished already.
 
@@ -183,6 +185,7 @@ def prepare(
         locks: Takes the lock of its folder.
         prefix: Put before its lines on the terminal, where several runs talk.
         world: The processes that share the work.
+        seeds: Of all runs of this process, this one among them.
     """
     out = run_folder(config)
     total_steps = config.epochs * steps_per_epoch(len(data.train), config.global_batch)
@@ -228,6 +231,8 @@ def prepare(
         synchronise_batch_norms(method.trained_networks())
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world)
+    if teacher_record is not None:
+        trainer.remember_logits(teacher_record["sha256"], seeds)
     if not world.is_main:  # from here on dropout and the like draw differently in every process
         torch.manual_seed(world.seed_of_rank(config.seed, 0))
     return Pending(trainer, checkpoint, record, RandomState(device))
@@ -254,6 +259,7 @@ def share(runs: Sequence[Pending]) -> None:
     for run in runs:
         trainer = run.trainer
         trainer.joint = joint
+        trainer.share_logits(runs[0].trainer)
         start = 0 if run.checkpoint is None else run.checkpoint.step
         first = groups.setdefault((trainer.batches.seed, start), trainer)
         if first is trainer:
@@ -321,9 +327,43 @@ class Trainer:
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
         self.alarmed = False
+        self.logits: TeacherLogits | None = None
         self.kernel_note: str | None = None
         self.saved_step: int | None = None
         self.save_asked = False
+
+    def remember_logits(self, teacher_sha256: str, seeds: tuple[int, ...] | None) -> None:
+        """Keep what the frozen teacher says of each form of an image, where that pays.
+
+        Args:
+            teacher_sha256: The teacher's fingerprint.
+            seeds: Of all runs that share it.
+
+        Raises:
+            UsageError: It is asked for and cannot be.
+        """
+        config = dataclasses.replace(self.config, seeds=seeds)
+        need = outlook(
+            config,
+            images=len(self.data.train),
+            forms=self.data.train.num_forms,
+            num_classes=self.data.num_classes,
+            steps=self.end_step,
+            steps_per_epoch=self.per_epoch,
+            mode=self.step.mode,
+            device=self.device,
+            available=available_bytes(self.device) // self.world.size,
+        )
+        self.logits = TeacherLogits(self.method, config, self.data, need, teacher_sha256)
+        if need.obstacle is None:
+            self.step.remember_logits(self.logits)
+
+    def share_logits(self, other: Trainer) -> None:
+        """Use the logits that `other` remembers, of an equal teacher."""
+        if self.step.remembers and other.step.remembers:
+            self.logits = other.logits
+            assert self.logits is not None
+            self.step.remember_logits(self.logits)
 
     def train(
         self, checkpoint: Checkpoint | None, record: dict[str, Any]
@@ -380,6 +420,7 @@ class Trainer:
         except Stopped as stopped:
             self.save()
             self.finish_saving()
+            self.keep_logits()
             self.status("stopped")
             self.log.event("stopped", str(stopped), self.progress.step)
             raise
@@ -414,6 +455,8 @@ class Trainer:
             f"teacher {config.teacher.name}: top-1 {teacher['top1']:.2f} %, top-5 "
             f"{teacher['top5']:.2f} % on the test images ({record['teacher']['weights']})"
         )
+        if self.logits is not None:
+            log.say(str(self.logits.need))
         if config.has_prompt_path:
             log.say(
                 f"prompt path adds {cost['params_overhead_percent']:.1f} % parameters and "
@@ -474,6 +517,8 @@ class Trainer:
                 self.log.warn("fallback", self.step.fallback, progress.step)
                 self.evaluator.captured = False
                 self.step.fallback = None
+            if self.step.remembers and self.logits is not None:
+                self.logits.open(self.step, batch, self.log)
             if progress.step % GLANCE_STEPS == 0:
                 self.check_streak(self.step.glance())
             if self.saves_within_epoch():
@@ -649,12 +694,18 @@ class Trainer:
             self.log.say(self.summary(epoch, row))
             self.check_saturation(epoch)
         self.check_spike(means[f"loss/{self.method.term_names[0]}"])
+        self.keep_logits()
         self.step.meter.reset()
         self.step.gate.forget(streak=False)
         if at_end or is_best or self.save_asked or round(epoch) % config.checkpoint_every == 0:
             self.save(is_best)
         self.status("running")
         self.stop_if_asked()
+
+    def keep_logits(self) -> None:
+        """Add the teacher logits that are new to their file."""
+        if self.logits is not None:
+            self.logits.keep(self.method, self.log, self.progress.step)
 
     def note(self, epoch: float, test: dict[str, float]) -> bool:
         """Remember an evaluation; whether the student is the best so far."""

@@ -226,6 +226,12 @@ def forced_backend() -> str | None:
     return _scope.forced
 
 
+def in_force() -> tuple[str | None, str | None]:
+    """What decides for this thread: the backend that is forced, the `Choices.key` of those in
+    force."""
+    return _scope.forced, _scope.choices
+
+
 def are_choices_in_force() -> bool:
     """Whether this thread is inside `use_choices`."""
     return _scope.choices is not None

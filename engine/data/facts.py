@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..config import DataConfig
 from ..errors import DataError, UsageError
 from .file_data import SOURCES, choose_loader, find_files
-from .source import split_limits
+from .source import num_forms, split_limits
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class DataFacts:
     """Where the numbers come from."""
     crop_padding: int = 0
     """Of the random crop in pixels, unless configured."""
+
+    def forms(self, data: DataConfig) -> int | None:
+        """`Split.num_forms` of the training images."""
+        if data.name in SOURCES and not self.resident:
+            return None
+        padding = self.crop_padding if data.crop_padding is None else data.crop_padding
+        return num_forms(padding, data.flip)
 
 
 KNOWN = {

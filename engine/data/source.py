@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from torch import Tensor
 from ..config import DataConfig
 from ..errors import DataError
 from .order import crop_offsets, flips
+
+_HASHED_IMAGES = 4096  # at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,18 @@ class Batch:
     """bool [B]; None: no flip."""
     indices: Tensor
     """int64 [B], sample numbers within the (limited) split."""
+
+    def places(self) -> Tensor:
+        """int64 [B]: for each image in the form that its crop and flip give it, its number among
+        all of the split: sample, flip, row, column, the last running fastest."""
+        place = self.indices
+        if self.flip is not None:
+            place = 2 * place + self.flip
+        if self.crop is not None:
+            padding, offsets = self.crop
+            side = 2 * padding + 1
+            place = (place * side + offsets[:, 0]) * side + offsets[:, 1]
+        return place
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; asynchronous out of pinned memory."""
@@ -144,6 +159,20 @@ class Split:
         """What the pixels of a batch depend on beside samples and seed, as JSON data."""
         return {"loader": "device"}
 
+    @property
+    def num_forms(self) -> int | None:
+        """How many forms an image may come in, if `Batch.places` tells them apart; else None."""
+        return None
+
+    def content(self) -> str:
+        """SHA-256 of all images; for a split whose number of forms is known."""
+        raise NotImplementedError
+
+
+def num_forms(crop_padding: int, flip: bool) -> int:
+    """In how many forms random crop and flip give an image."""
+    return (2 * crop_padding + 1) ** 2 * (2 if flip else 1)
+
 
 class Augmentation:
     """Random crop and flip of one training split.
@@ -155,6 +184,7 @@ class Augmentation:
     def __init__(self, num_samples: int, crop_padding: int, flip: bool, device: torch.device):
         self.ids = torch.arange(num_samples, device=device)
         self.crop_padding, self.flip = crop_padding, flip
+        self.num_forms = num_forms(crop_padding, flip)
         # seed -> epoch, offsets [N, 2], flips [N]: runs of several seeds take turns
         self._drawn: dict[int, tuple[int, Tensor | None, Tensor | None]] = {}
 
@@ -189,6 +219,18 @@ class ResidentSplit(Split):
         # whole images at once: indexing by a tensor goes byte by byte on a CPU, 40 times slower
         images = self.images.index_select(0, indices)
         return Batch(images, self.labels[indices], crop, flip, indices)
+
+    @property
+    def num_forms(self) -> int:
+        """See `Split.num_forms`."""
+        return 1 if self.augmentation is None else self.augmentation.num_forms
+
+    def content(self) -> str:
+        """See `Split.content`."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for part in self.images.split(_HASHED_IMAGES):
+            digest.update(part.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Every image is uniform noise around a colour that its class has: enough for a ne
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -72,6 +73,18 @@ class SyntheticSplit(Split):
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
         return {"loader": "synthetic"}
+
+    @property
+    def num_forms(self) -> int:
+        """See `Split.num_forms`."""
+        return 1 if self.augmentation is None else self.augmentation.num_forms
+
+    def content(self) -> str:
+        """See `Split.content`; of what the images are made of, which says as much."""
+        digest = hashlib.sha256(f"synthetic {self.which} {self.image_size}".encode())
+        for numbers in (self.ids, self.labels):
+            digest.update(numbers.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
 class SyntheticBank(Split):

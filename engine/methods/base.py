@@ -74,6 +74,15 @@ class Method(nn.Module):
         can be computed apart from the rest."""
         return None
 
+    def frozen_start(self, images: Tensor) -> Tensor | None:
+        """The part of `frozen_outputs` that is needed where its logits are known: its `shared`, or
+        the images, [B, C, H, W], without a graph; None as there."""
+        return None
+
+    def frozen_logits(self, start: Tensor) -> Tensor:
+        """The rest of `frozen_outputs`: logits [B, num_classes], without a graph."""
+        raise NotImplementedError
+
     def forward(
         self,
         images: Tensor,
@@ -173,6 +182,12 @@ class FrozenTeacherMethod(Method):
 
     def frozen_outputs(self, images: Tensor) -> FrozenOutputs:
         return FrozenOutputs(None, self.teacher_logits(images))
+
+    def frozen_start(self, images: Tensor) -> Tensor:
+        return images
+
+    def frozen_logits(self, start: Tensor) -> Tensor:
+        return self.teacher_logits(start)
 
     def all_logits(self, images: Tensor, frozen: FrozenOutputs | None = None) -> tuple[Tensor, ...]:
         frozen = self.frozen_outputs(images) if frozen is None else frozen

@@ -76,6 +76,12 @@ class DualPathDistillation(Method):
     def frozen_outputs(self, images: Tensor) -> FrozenOutputs | None:
         return self.teacher.frozen_outputs(images)
 
+    def frozen_start(self, images: Tensor) -> Tensor | None:
+        return self.teacher.frozen_start(images)
+
+    def frozen_logits(self, start: Tensor) -> Tensor:
+        return self.teacher.frozen_logits(start)
+
     def trained_networks(self) -> list[nn.Module]:
         return [*super().trained_networks(), *self.teacher.trained_networks()]
 

@@ -232,6 +232,20 @@ class DualPathTeacher(nn.Module):
         with torch.no_grad():
             return FrozenOutputs(*self.original(images))
 
+    def frozen_start(self, images: Tensor) -> Tensor | None:
+        """`shared` of the `frozen_outputs` of images [B, 3, H, W]: with a copy the images."""
+        if self.joint:
+            return None
+        with torch.no_grad():
+            return self.original.start(images, self.shared_stages)
+
+    def frozen_logits(self, shared: Tensor) -> Tensor:
+        """The logits [B, num_classes] of `frozen_outputs`, from its `shared` on."""
+        with torch.no_grad():
+            if not self.shared_stages:
+                return self.original(shared)[1]  # the region that may be compiled
+            return self.original.finish(shared, self.shared_stages)
+
     def forward(self, images: Tensor, frozen: FrozenOutputs | None = None) -> DualPathOutput:
         """Logits of both paths.
 

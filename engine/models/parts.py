@@ -80,14 +80,14 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class Remembered:
-    """A function of one argument that knows its last call: asked with the same object again, and
-    not with an equal one, it gives the same result again."""
+    """A function that knows its last call: asked with the same first argument again, the same
+    object and not an equal one, it gives the same result again."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
         self._last: tuple[Any, Any] = (None, None)
 
-    def __call__(self, argument: Any) -> Any:
+    def __call__(self, argument: Any, *others: Any) -> Any:
         if self._last[0] is not argument:
-            self._last = (argument, self.function(argument))
+            self._last = (argument, self.function(argument, *others))
         return self._last[1]

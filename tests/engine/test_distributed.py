@@ -109,7 +109,7 @@ def orders_of_summation():
 
 def gap(a: dict, b: dict) -> float:
     """Distance over length of parameters, averages and gradients; the farthest of these."""
-    return max(((a[k] - b[k]).norm() / b[k].norm()).item() for k in b)
+    return max(((a[k] - b[k]).double().norm() / b[k].double().norm()).item() for k in b)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -411,6 +411,15 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(runs):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumed from step 5 of 15") == 1
     assert_same_end(runs / out, runs / "whole")
+
+
+def test_ranks_that_remember_the_teachers_logits_end_the_same(runs):
+    options = train_options(runs, "remembered")
+    start_processes(2, ["command", *options, "--teacher.remember", "memory"])
+    events = (runs / "remembered/events.jsonl").read_text()
+    shares = [float(share) for share in re.findall(r"([\d.]+) % of \d+ images were known", events)]
+    assert max(shares) > 0
+    assert_same_end(runs / "remembered", runs / "whole")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runs, capsys):
