@@ -128,6 +128,17 @@ class KernelChoices:
                 return name, reason
         return None
 
+    def do_without(self, name: str) -> None:
+        """Let the reference serve whatever `name` was chosen for: a process of the run lacks it."""
+        why = f"not every process of the run has {name}"
+        self.table = {
+            site: replace(choice, backend="reference", why=why)
+            if choice.backend == name
+            else choice
+            for site, choice in self.table.items()
+        }
+        self._settle()
+
     def summary(self) -> str:
         """Which backends serve, in one line."""
         fast = [c for c in self.table.values() if c.backend != "reference"]

@@ -33,16 +33,22 @@ def read(path):
 
 
 @pytest.mark.parametrize("bench", [kernels, step, overhead, data, optim, first])
-def test_a_bench_sets_the_switches_of_a_run_before_it_measures(bench, monkeypatch):
+def test_a_bench_sets_the_switches_of_a_run_before_it_measures(bench, monkeypatch, tmp_path):
     class Reached(Exception):
         pass
 
     def prepare(config):
         raise Reached
 
+    class Untouched:
+        @property
+        def type(self):
+            raise AssertionError("the device is used before torch is prepared")
+
+    monkeypatch.setattr(measure, "pick_device", lambda config: Untouched())
     monkeypatch.setattr(measure, "prepare_torch", prepare)
     with pytest.raises(Reached):
-        bench.main(["ceilings"] if bench is first else [])
+        bench.main([*(["ceilings"] if bench is first else []), "--out", str(tmp_path / "r.csv")])
 
 
 def test_switches_are_those_of_a_run(monkeypatch):
