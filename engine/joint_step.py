@@ -59,6 +59,10 @@ class JointStep:
         self.generators = {step: RunGenerator(first.device) for step in steps}
         self.waiting: dict[TrainStep, Part] = {}
         self.is_over = False
+        self.size = len(steps)
+        """Runs that took part in the last step."""
+        self.aside = 0.0
+        """Seconds that the runs have spent on other things than steps: evaluations, for one."""
         self.failure: str | None = None
         """Why it is over, where it failed; whoever says so takes it away."""
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -89,6 +93,7 @@ class JointStep:
     def _do_all(self) -> None:
         """All steps that wait, as one; where that cannot be, nothing has moved and it is over."""
         parts = [self.waiting[step] for step in self.generators if step in self.waiting]
+        self.size = len(parts)
         if len(parts) == 1:
             self._end()
             return

@@ -323,6 +323,7 @@ class Trainer:
         self.watchdog = Watchdog(world.rank, lambda phase: self.log.beat(phase))
         self.progress = Progress()
         self.joint: JointStep | None = None
+        self.last_step = time.monotonic()  # when the last stretch of steps ended
         self.stretch: Stretch | None = None
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
@@ -503,6 +504,8 @@ class Trainer:
         config, progress = self.config, self.progress
         epoch, done_in_epoch = divmod(progress.step, self.per_epoch)
         first, self.stretch = progress.step, Stretch(progress.step, time.monotonic())
+        if self.joint is not None:
+            self.joint.aside += self.stretch.started - self.last_step
         batches = iter(self.batches.epoch(epoch, done_in_epoch))
         while (batch := self.next_batch(batches)) is not None:
             with self.phase_of_step():
@@ -534,16 +537,20 @@ class Trainer:
         self.step.join()
         self.step.meter.num_images()  # waits for the device
         now, self.stretch = self.with_stretch(), None
+        self.last_step = time.monotonic()
         seconds = now.seconds - progress.seconds
         progress.seconds, progress.replaced = now.seconds, now.replaced
         progress.speeds.append((progress.step - first) * config.global_batch / max(seconds, 1e-9))
 
     def turns_of_others(self) -> Iterator[None]:
-        """What they take is not this run's time."""
+        """What they take is not this run's time; of joint steps each has an equal share, whichever
+        run waits for the device."""
         assert self.stretch is not None
-        paused = time.monotonic()
+        joint, paused = self.joint, time.monotonic()
+        aside = 0.0 if joint is None else joint.aside
         yield
-        self.stretch.started += time.monotonic() - paused
+        not_ours = time.monotonic() - paused if joint is None else joint.aside - aside
+        self.stretch.started += not_ours
 
     def joint_step(self, batch: Batch) -> Iterator[None]:
         """A step together with the others' runs: done when this run's turn comes again."""
@@ -563,11 +570,12 @@ class Trainer:
         progress, stretch = self.progress, self.stretch
         if stretch is None or stretch.first == progress.step:
             return progress
+        share = 1 if self.joint is None else self.joint.size
         epoch, start = divmod(stretch.first, self.per_epoch)
         stop = start + progress.step - stretch.first
         return dataclasses.replace(
             progress,
-            seconds=progress.seconds + time.monotonic() - stretch.started,
+            seconds=progress.seconds + (time.monotonic() - stretch.started) / share,
             replaced=progress.replaced + self.batches.num_replaced(epoch, start, stop),
         )
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from dfptkd.engine.config import (
 from dfptkd.engine.data import Batch, load_data, train_batches
 from dfptkd.engine.errors import NumericError, Stopped
 from dfptkd.engine.joint_step import JointStep
+from dfptkd.engine.metrics import Evaluator
 from dfptkd.engine.models.dual_path import FrozenOutputs, Trunk
 from dfptkd.engine.stand_in import build_step
 from dfptkd.engine.step import TrainStep
@@ -433,6 +435,27 @@ def test_runs_that_are_stopped_are_saved_with_what_was_done(root, tmp_path, join
     results = run_seeds(replace(config, seeds=SEEDS))
     for own, result in zip(alone, results, strict=True):
         assert_close(own, result.out)
+
+
+def test_each_run_has_its_share_of_the_time(root, tmp_path, joint, monkeypatch):
+    """Though one of them has all steps done; evaluations of the others do not count."""
+    config = with_teacher(root, tmp_path)
+    learn, evaluate = TrainStep.learn, Evaluator.__call__
+
+    def slowly(self, *args):
+        time.sleep(0.1)
+        learn(self, *args)
+
+    def very_slowly(self, ema):
+        time.sleep(1)
+        return evaluate(self, ema)
+
+    monkeypatch.setattr(TrainStep, "learn", slowly)
+    monkeypatch.setattr(Evaluator, "__call__", very_slowly)
+    results = run_seeds(replace(config, seeds=SEEDS))
+    for result in results:
+        last = load_checkpoint(result.out / "checkpoints/step-6").state["progress"]
+        assert 0.6 <= last["seconds"] < 1.6
 
 
 def test_known_outputs_are_cut_as_images_are():
