@@ -20,19 +20,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from ..engine.data import Batch, ImageData, epoch_rows, load_data, steps_per_epoch
 from ..engine.data.file_data import SOURCES, choose_loader
 from ..engine.errors import UsageError
-from ..engine.machine import pick_device
 from ..engine.stand_in import build_step
 from ..engine.step import TrainStep
 from ..engine.timing import Timing, spread
-from .measure import Row, append_rows, bench_parser, make_row, positive
+from .measure import Keep, Row, bench_parser, keeper, make_row, positive, prepared_device
 from .step import METHODS, parse_names, parse_pairs
 
 LOADERS = ("dali", "torchvision", "synthetic")
@@ -70,7 +67,7 @@ class Walk:
     """A loader's training images, epoch after epoch in random order; full batches."""
 
     def __init__(self, data: ImageData, setting: Setting) -> None:
-        self.split, self.setting = data.train, setting
+        self.data, self.split, self.setting = data, data.train, setting
 
     def rows(self, steps: int) -> list[Tensor]:
         """int64 [B], sample numbers of each of `steps` batches."""
@@ -114,10 +111,24 @@ def time_training(walk: Walk, step: TrainStep) -> tuple[float, float]:
     return whole / setting.train_steps * 1e6, waited / setting.train_steps * 1e6
 
 
-def measure(setting: Setting, loaders: Sequence[str], *, rounds: int) -> list[Row]:
-    """Rows of every loader: `loading` a batch, and the `step` and its `waiting`."""
+def make_walks(setting: Setting, loaders: Sequence[str]) -> dict[str, Walk]:
+    """Every loader's walk over the images."""
     loaded = {loader: load_data(setting.config(loader).data, setting.device) for loader in loaders}
-    walks = {loader: Walk(data, setting) for loader, data in loaded.items()}
+    return {loader: Walk(data, setting) for loader, data in loaded.items()}
+
+
+def measure(
+    setting: Setting, loaders: Sequence[str], *, rounds: int, keep: Keep = lambda row: None
+) -> list[Row]:
+    """Rows of every loader: `loading` a batch, and the `step` and its `waiting`.
+
+    Args:
+        setting: What the loaders share.
+        loaders: Their names.
+        rounds: How often each is timed.
+        keep: Takes the rows of loading as soon as they are known, and then those of training.
+    """
+    walks = make_walks(setting, loaders)
     alone: dict[str, list[float]] = {loader: [] for loader in loaders}
     for walk in walks.values():
         next(walk.batches(0))
@@ -126,16 +137,19 @@ def measure(setting: Setting, loaders: Sequence[str], *, rounds: int) -> list[Ro
             alone[loader].append(time_loading(walk))
     files = f"data:{setting.data.name}"
     rows = [_row(setting, files, name, "loading", spread(t)) for name, t in alone.items()]
-    return rows + _measure_training(setting, loaded, walks, rounds)
+    for row in rows:
+        keep(row)
+    training = _measure_training(setting, walks, rounds)
+    for row in training:
+        keep(row)
+    return rows + training
 
 
-def _measure_training(
-    setting: Setting, loaded: dict[str, ImageData], walks: dict[str, Walk], rounds: int
-) -> list[Row]:
+def _measure_training(setting: Setting, walks: dict[str, Walk], rounds: int) -> list[Row]:
     if not setting.train_steps:
         return []
-    first = next(iter(loaded))
-    step = build_step(setting.config(first), loaded[first], setting.device)
+    first = next(iter(walks))
+    step = build_step(setting.config(first), walks[first].data, setting.device)
     step(next(walks[first].batches(0)), 0)  # compiles and captures
     times: dict[str, list[tuple[float, float]]] = {loader: [] for loader in walks}
     for _ in range(rounds):
@@ -173,6 +187,9 @@ def _wait_for(device: torch.device) -> None:
 
 def print_rows(rows: Sequence[Row], setting: Setting) -> None:
     """Images a second, alone and in training, and the share of a step that waits."""
+    from rich.console import Console
+    from rich.table import Table
+
     time_of = {(row.provider, row.passes): row for row in rows}
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("loader")
@@ -212,20 +229,26 @@ def print_rows(rows: Sequence[Row], setting: Setting) -> None:
     )
 
 
-def _available(names: str | None) -> list[str]:
-    """The loaders that were asked for, or those that are there."""
-    if names:
-        return parse_names("--loaders", names, LOADERS)
+def installed() -> list[str]:
+    """The loaders that are there."""
     try:
         choose_loader(DataConfig(name="folder", loader="dali"))
     except UsageError:
-        print("DALI is not installed: torchvision and synthetic alone")
         return [loader for loader in LOADERS if loader != "dali"]
     return list(LOADERS)
 
 
+def _available(names: str | None) -> list[str]:
+    """The loaders that were asked for, or those that are there."""
+    if names:
+        return parse_names("--loaders", names, LOADERS)
+    if "dali" not in installed():
+        print("DALI is not installed: torchvision and synthetic alone")
+    return installed()
+
+
 def _setting(options: argparse.Namespace) -> Setting:
-    device = pick_device(RunConfig(device=options.device))
+    device = prepared_device(options)
     pairs = parse_pairs(options.pair)
     if len(pairs) != 1:
         raise UsageError(f"--pair {options.pair}: expected one TEACHER>STUDENT")
@@ -270,8 +293,8 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--method", default="dfpt", choices=METHODS)
     options = parser.parse_args(args)
     setting = _setting(options)
-    rows = measure(setting, _available(options.loaders), rounds=options.rounds)
-    append_rows(rows, options.out)
+    loaders = _available(options.loaders)
+    rows = measure(setting, loaders, rounds=options.rounds, keep=keeper(options.out))
     print_rows(rows, setting)
     return 0
 

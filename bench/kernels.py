@@ -6,10 +6,12 @@ provider's output is checked against the reference before it is timed. A loss's 
 holds the gradients already; compare forward+backward. `ours[...]` is the fused backend, `auto[...]`
 what a run in eager mode would choose here by its own measurement, forward and backward.
 
-    dfptkd bench kernels [--shapes 128x100,64x64x32x32] [--device cuda] [--rounds 50] [--out FILE]
+    dfptkd bench kernels [--shapes 128x100,64x64x32x32] [--operators dual_path_loss,frozen_relu]
+                         [--device cuda] [--rounds 50] [--out FILE]
 
-A shape is rows x classes for the losses, batch x channels x height x width for a pair, and
-batch x height x width x 3 for images.
+A shape is rows x classes for the losses, batch x channels x height x width for a pair and the
+operators of activations, and batch x height x width x 3 for images. `--operators all` measures each
+fused operator by itself too.
 """
 
 from __future__ import annotations
@@ -17,22 +19,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from ..engine.config import RunConfig
 from ..engine.errors import UsageError
-from ..engine.machine import pick_device
 from ..engine.timing import copy_bandwidth, time_interleaved
-from .cases import LOSSES, Case, images_case, loss_case, pair_case
+from .cases import OPERATORS, USUAL, Case, cases, tensors_of
 from .measure import (
+    Failures,
     Row,
     append_rows,
     bench_parser,
     captured,
     make_row,
     peak_bytes,
+    prepared_device,
 )
 
 # The last three: the stages of resnet32x4; the last four: of ResNet-34 at 224 pixels.
@@ -43,81 +42,108 @@ CUDA_SHAPES = (
 )
 
 
-def cases(
-    shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype
-) -> Iterator[Case]:
-    """Both losses of every shape of two numbers, a pair of every shape of four, or images where
-    the last of the four is 3."""
-    for shape in shapes:
-        torch.compiler.reset()  # one case's graphs are of no use to the next
-        if len(shape) == 2:
-            for operation in LOSSES:
-                yield loss_case(operation, *shape, dtype, device)
-        elif shape[3] == 3:
-            yield images_case(*shape, dtype, device)
-        else:
-            yield pair_case(*shape, dtype, device)
-
-
 def bench(
     shapes: Sequence[tuple[int, ...]],
     device: torch.device,
     dtype: torch.dtype,
     *,
     rounds: int,
+    operators: Sequence[str] = USUAL,
+    failures: Failures | None = None,
 ) -> Iterator[Row]:
-    """Measure every shape, pass and provider; rows as they are done."""
+    """Measure every shape, pass and provider; rows as they are done.
+
+    Args:
+        shapes: As `cases` takes them.
+        device: Where.
+        dtype: Of logits and activations.
+        rounds: Timed calls of each.
+        operators: Names of operators.
+        failures: Takes what fails, and the rest goes on; None: it is raised.
+    """
     copy = copy_bandwidth(device)
-    for case in cases(shapes, device, dtype):
-        check(case)
-        for passes, contract, calls in _variants(case, device):
-            timings = time_interleaved(calls, device, rounds=rounds, warmup=5)
-            for name, timing in timings.items():
-                yield make_row(
-                    timing,
-                    device,
-                    kernel=case.operation,
-                    provider=name,
-                    passes=passes,
-                    contract=contract,
-                    shape=case.shape,
-                    dtype=dtype,
-                    bytes_moved=case.bytes_moved[passes],
-                    copy_gb_per_s=copy,
-                    peak=None if contract == "graph" else peak_bytes(calls[name], device),
-                )
+    for case in cases(shapes, device, dtype, operators):
+        yield from bench_case(case, device, dtype, copy=copy, rounds=rounds, failures=failures)
 
 
-def check(case: Case) -> None:
-    """Raises RuntimeError where a provider's output is not the reference's."""
-    expected = case.providers["eager"]().detach().double()
-    for name, output in case.providers.items():
-        error = (output().detach().double() - expected).norm() / expected.norm()
-        if not error <= case.tolerance:
-            raise RuntimeError(
-                f"{case.operation} by {name}: off by {error.item():.2e} from the reference"
+def bench_case(
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    copy: float | None,
+    rounds: int,
+    failures: Failures | None = None,
+    contracts: Sequence[str] = ("hot", "graph"),
+) -> Iterator[Row]:
+    """Rows of one case, by the providers whose output is that of the reference.
+
+    Args:
+        case: What is measured.
+        device: Where.
+        dtype: Of the row.
+        copy: Measured bandwidth of a copy in 1e9 bytes/s, if known.
+        rounds: Timed calls of each provider.
+        failures: Takes what fails, and the rest goes on; None: it is raised.
+        contracts: Those of `hot` and `graph` that are wanted.
+    """
+    providers = checked(case, failures)
+    for passes, contract, calls in _variants(case, providers, device, failures):
+        if contract not in contracts:
+            continue
+        timings = time_interleaved(calls, device, rounds=rounds, warmup=5)
+        for name, timing in timings.items():
+            yield make_row(
+                timing,
+                device,
+                kernel=case.operation,
+                provider=name,
+                passes=passes,
+                contract=contract,
+                shape=case.shape,
+                dtype=dtype,
+                bytes_moved=case.bytes_moved[passes],
+                copy_gb_per_s=copy,
+                peak=None if contract == "graph" else peak_bytes(calls[name], device),
             )
 
 
+def checked(case: Case, failures: Failures | None = None) -> list[str]:
+    """The providers whose output is the reference's.
+
+    Raises:
+        RuntimeError: One's is not, and nobody takes failures.
+    """
+    expected = [t.detach().double() for t in tensors_of(case.providers["eager"]())]
+    found = []
+    for name, output in case.providers.items():
+        try:
+            for value, truth in zip(tensors_of(output()), expected, strict=True):
+                error = (value.detach().double() - truth).norm().item()
+                norm = truth.norm().item()
+                if not error <= case.tolerance * norm:
+                    raise RuntimeError(
+                        f"{case.operation} by {name}: off by {error / norm if norm else error:.2e} "
+                        "from the reference"
+                    )
+            found.append(name)
+        except Exception as error:
+            if failures is None:
+                raise
+            failures.add(f"{case.operation} {'x'.join(map(str, case.shape))} {name}", error)
+    return found
+
+
 def _variants(
-    case: Case, device: torch.device
-) -> list[tuple[str, str, dict[str, Callable[[], object]]]]:
-    """(passes, timing contract, provider -> call)."""
-
-    def full(output: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        def call() -> None:
-            for leaf in case.leaves:
-                leaf.grad = None
-            output().backward(case.upstream)
-
-        return call
-
-    forward: dict[str, Callable[[], object]] = dict(case.providers)
-    found = [("forward", "hot", forward)]
+    case: Case, providers: Sequence[str], device: torch.device, failures: Failures | None
+) -> Iterator[tuple[str, str, dict[str, Callable[[], object]]]]:
+    """(passes, timing contract, provider -> call), each when it is asked for."""
+    calls: dict[str, Callable[[], object]] = {name: case.providers[name] for name in providers}
+    passes = "forward"
+    yield passes, "hot", calls
     if case.leaves:
-        backward = {name: full(output) for name, output in case.providers.items()}
-        found.append(("forward+backward", "hot", backward))
-    passes, _, calls = found[-1]
+        calls, passes = _with_backward(case, providers, failures), "forward+backward"
+        yield passes, "hot", calls
     if device.type == "cuda":
         graphs: dict[str, Callable[[], object]] = {}
         for name, call in calls.items():
@@ -126,12 +152,44 @@ def _variants(
             except RuntimeError as error:  # a host sync inside, as in some of Liger's losses
                 torch.cuda.synchronize()
                 print(f"{name}: no CUDA graph: {' '.join(str(error).split())[:100]}")
-        found.append((passes, "graph", graphs))
+        yield passes, "graph", graphs
+
+
+def _with_backward(
+    case: Case, providers: Sequence[str], failures: Failures | None
+) -> dict[str, Callable[[], object]]:
+    """Forward and backward of each provider, those that work."""
+
+    def full(name: str) -> Callable[[], object]:
+        learned, output = case.learned(name), case.providers[name]
+
+        def call() -> None:
+            for leaf in learned:
+                leaf.grad = None
+            case.backward(output())
+
+        return call
+
+    found = {}
+    for name in providers:
+        call = full(name)
+        try:
+            call()  # compiled code fails here, where the others are not yet under way
+        except Exception as error:
+            if failures is None:
+                raise
+            failures.add(f"{case.operation} {'x'.join(map(str, case.shape))} {name}", error)
+            continue
+        found[name] = call
     return found
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """A table with the ratio of each provider's time to ours; GB/s of the least bytes moved."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("kernel", "shape", "pass", "contract", "provider"):
         table.add_column(column)
@@ -174,6 +232,20 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
     return found
 
 
+def parse_operators(text: str) -> Sequence[str]:
+    """Names of operators, "all" for every one.
+
+    Raises:
+        UsageError: An unknown one.
+    """
+    if text == "all":
+        return OPERATORS
+    for name in text.split(","):
+        if name not in OPERATORS:
+            raise UsageError(f"--operators {name}: expected all, or some of {','.join(OPERATORS)}")
+    return text.split(",")
+
+
 def main(args: Sequence[str]) -> int:
     """`dfptkd bench kernels`; returns the exit code."""
     parser = bench_parser("kernels")
@@ -182,16 +254,23 @@ def main(args: Sequence[str]) -> int:
         help="rows x classes for the losses, batch x channels x height x width for a prompt + "
         f"fusion pair, batch x height x width x 3 for images; CPU {CPU_SHAPES}, CUDA {CUDA_SHAPES}",
     )
+    parser.add_argument(
+        "--operators", default=",".join(USUAL), help=f"all, or some of {','.join(OPERATORS)}"
+    )
     options = parser.parse_args(args)
-    device = pick_device(RunConfig(device=options.device))
+    device = prepared_device(options)
+    operators = parse_operators(options.operators)
     shapes = parse_shapes(options.shapes or (CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rows = []
-    for row in bench(shapes, device, dtype, rounds=options.rounds):
+    rows, failures = [], Failures()
+    found = bench(
+        shapes, device, dtype, rounds=options.rounds, operators=operators, failures=failures
+    )
+    for row in found:
         append_rows([row], options.out)  # a run cut short keeps what it measured
         rows.append(row)
     print_rows(rows)
-    return 0
+    return failures.exit_code
 
 
 if __name__ == "__main__":

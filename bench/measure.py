@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import io
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -17,10 +22,15 @@ from pathlib import Path
 import torch
 
 from ..engine.cli import Parser
+from ..engine.config import RunConfig
+from ..engine.files import first_line
 from ..engine.log import commit, hardware, versions
+from ..engine.machine import pick_device, prepare_torch
 from ..engine.timing import Timing
 
 RESULTS = Path(__file__).with_name("results.csv")
+
+_commit = functools.cache(commit)  # it asks git, and a row is made while others wait to be timed
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def make_row(
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         triton=found.get("triton", ""),
-        commit=commit() or "",
+        commit=_commit() or "",
         n=timing.n,
         median_us=round(timing.median, 2),
         p20_us=round(timing.p20, 2),
@@ -134,12 +144,63 @@ def bench_parser(part: str, *, rounds: int = 50) -> Parser:
     return parser
 
 
+Keep = Callable[[Row], None]
+"""What is done with a row as soon as it is known."""
+
+
+def keeper(path: Path) -> Keep:
+    """Appends each row to the CSV at `path`."""
+    return lambda row: append_rows([row], path)
+
+
+def prepared_device(options: argparse.Namespace) -> torch.device:
+    """The device that `--device` asks for, torch's switches set as a run sets them.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    config = RunConfig(device=options.device)
+    device = pick_device(config)
+    prepare_torch(config)  # cuDNN's search is on in a run, so that it is on in what predicts one
+    return device
+
+
+class Failures:
+    """What could not be measured; the rest goes on."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def add(self, name: str, error: Exception) -> None:
+        """Say it in one line on the terminal, the end of its traceback behind it."""
+        self.names.append(name)
+        print(f"FAILED {name}: {type(error).__name__}: {first_line(error)}", flush=True)
+        traceback.print_exception(error, limit=-3, file=sys.stderr)
+
+    @property
+    def exit_code(self) -> int:
+        """1 where anything failed."""
+        return 1 if self.names else 0
+
+
 def append_rows(rows: list[Row], path: Path = RESULTS) -> None:
-    """Append to the results; nothing that stands there is changed."""
+    """Append to the results; nothing that stands there is changed.
+
+    All of it in one write to the end of the file: a process that is killed leaves whole lines, and
+    several may write to one file. A line that somebody else left unfinished is ended first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if is_new:
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(handle).st_size
+        text = io.StringIO()
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            text.write("\n")
+        writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+        if not size:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+        os.write(handle, text.getvalue().encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)

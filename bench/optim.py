@@ -13,20 +13,27 @@ those of the least bytes: an update reads gradient, parameter and state and writ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from ..engine.config import LossConfig, OptimConfig, RunConfig
+from ..engine.config import LossConfig, OptimConfig
 from ..engine.errors import UsageError
-from ..engine.machine import pick_device
 from ..engine.methods.cross_entropy import CrossEntropy
 from ..engine.models import create_model
 from ..engine.optim import build_optimizer, check_optimizer, rates_to_device
 from ..engine.timing import copy_bandwidth, time_interleaved
 from .kernels import print_rows
-from .measure import Row, append_rows, bench_parser, captured, make_row, peak_bytes
+from .measure import (
+    Row,
+    append_rows,
+    bench_parser,
+    captured,
+    make_row,
+    peak_bytes,
+    prepared_device,
+)
 
 NAMES = ("sgd", "adamw", "apex-sgd", "apex-lamb")
 STATE_TENSORS = {"sgd": 1, "adamw": 2, "apex-sgd": 1, "apex-lamb": 2}
@@ -87,8 +94,8 @@ def _graphs(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Callable[
     return graphs
 
 
-def bench(model: str, device: torch.device, *, rounds: int) -> list[Row]:
-    """One row for each provider and timing contract."""
+def bench(model: str, device: torch.device, *, rounds: int) -> Iterator[Row]:
+    """One row for each provider and timing contract, as they are done."""
     optimizers = variants(model, device)
     numel = sum(p.numel() for group in optimizers["sgd"].param_groups for p in group["params"])
     copy = copy_bandwidth(device)
@@ -96,28 +103,24 @@ def bench(model: str, device: torch.device, *, rounds: int) -> list[Row]:
     contracts = {"hot": lambda: calls}
     if device.type == "cuda":
         contracts["graph"] = lambda: _graphs(optimizers)
-    rows = []
     for contract, make_calls in contracts.items():
         timed = make_calls()
         timings = time_interleaved(timed, device, rounds=rounds, warmup=5)
         for name, timing in timings.items():
             moved = (3 + 2 * STATE_TENSORS[name.partition("[")[0]]) * 4 * numel
-            rows.append(
-                make_row(
-                    timing,
-                    device,
-                    kernel=f"optim:{model}",
-                    provider=name,
-                    passes="update",
-                    contract=contract,
-                    shape=(numel,),
-                    dtype=torch.float32,
-                    bytes_moved=moved,
-                    copy_gb_per_s=copy,
-                    peak=None if contract == "graph" else peak_bytes(timed[name], device),
-                )
+            yield make_row(
+                timing,
+                device,
+                kernel=f"optim:{model}",
+                provider=name,
+                passes="update",
+                contract=contract,
+                shape=(numel,),
+                dtype=torch.float32,
+                bytes_moved=moved,
+                copy_gb_per_s=copy,
+                peak=None if contract == "graph" else peak_bytes(timed[name], device),
             )
-    return rows
 
 
 def main(args: Sequence[str]) -> int:
@@ -125,9 +128,11 @@ def main(args: Sequence[str]) -> int:
     parser = bench_parser("optim")
     parser.add_argument("--model", default="torchvision:resnet18", help="name of a model")
     options = parser.parse_args(args)
-    device = pick_device(RunConfig(device=options.device))
-    rows = bench(options.model, device, rounds=options.rounds)
-    append_rows(rows, options.out)
+    device = prepared_device(options)
+    rows = []
+    for row in bench(options.model, device, rounds=options.rounds):
+        append_rows([row], options.out)
+        rows.append(row)
     print_rows(rows)
     return 0
 

@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..engine.data import load_data, train_batches
@@ -32,7 +30,15 @@ from ..engine.models import DualPathTeacher
 from ..engine.stand_in import PairCost, build_step, pair_cost
 from ..engine.timing import time_interleaved
 from ..kernels import use_backend
-from .measure import Row, append_rows, bench_parser, make_row, peak_bytes
+from .measure import (
+    Keep,
+    Row,
+    bench_parser,
+    keeper,
+    make_row,
+    peak_bytes,
+    prepared_device,
+)
 from .step import Setting, add_pair_options, make_setting
 
 PARTS = ("teacher", "pairs", "pairs+backward", "step")
@@ -126,15 +132,20 @@ class Overhead:
         return next(r.median_us / 1e3 for r in self.rows if r.provider == side and r.passes == part)
 
 
-def measure(setting: Setting, *, rounds: int) -> Overhead:
-    """Both sides of every part."""
-    sides = {"eager": make_side(setting, "reference"), "ours": make_side(setting, None)}
-    rows = []
+def make_sides(setting: Setting) -> dict[str, Side]:
+    """Plain PyTorch, and what a run takes."""
+    return {"eager": make_side(setting, "reference"), "ours": make_side(setting, None)}
+
+
+def measure(setting: Setting, *, rounds: int, keep: Keep = lambda row: None) -> Overhead:
+    """Both sides of every part; `keep` takes each row as soon as it is known."""
+    sides = make_sides(setting)
+    rows: list[Row] = []
     for part in PARTS:
         calls = {name: side.calls[part] for name, side in sides.items()}
         timings = time_interleaved(calls, setting.device, rounds=rounds, warmup=3)
-        rows += [
-            make_row(
+        for name, timing in timings.items():
+            row = make_row(
                 timing,
                 setting.device,
                 kernel=f"overhead:{setting.teacher}>{setting.student}",
@@ -147,14 +158,17 @@ def measure(setting: Setting, *, rounds: int) -> Overhead:
                 copy_gb_per_s=None,
                 peak=peak_bytes(calls[name], setting.device),
             )
-            for name, timing in timings.items()
-        ]
+            keep(row)
+            rows.append(row)
     cost = pair_cost(setting.config("eager"), setting.classes, setting.shape[2:])
     return Overhead(setting, rows, sides, cost)
 
 
 def print_overhead(found: Overhead) -> None:
     """Two tables: the parts, and the prompt blocks' share."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(width=None if Console().is_terminal else 120)
     parts = Table(box=None, header_style="bold", pad_edge=False)
     shares = Table(box=None, header_style="bold", pad_edge=False)
@@ -203,9 +217,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--student", default="cifar:resnet8x4", help="name of a model")
     add_pair_options(parser)
     options = parser.parse_args(args)
-    setting = make_setting(options, options.teacher, options.student, "dfpt")
-    found = measure(setting, rounds=options.rounds)
-    append_rows(found.rows, options.out)
+    device = prepared_device(options)
+    setting = make_setting(options, options.teacher, options.student, "dfpt", device)
+    found = measure(setting, rounds=options.rounds, keep=keeper(options.out))
     print_overhead(found)
     return 0
 

@@ -6,15 +6,17 @@
     plain[compile]     the same, its networks and its losses under torch.compile
     ours[MODE]         a run's own step, one row for each execution mode
     ours[MODE+joint]   the later stages on both teacher paths as one batch (--step.joint-paths)
-    ours[MODE]xN       a step of each of N seeds at once, on the same batch (--seeds N)
+    ours[MODE]xN       a step of each of N seeds at once, on the same batch (--seeds N,N)
 
 Vanilla KD is timed by our step alone, for the ratio of the costs.
 
-All in one process, interleaved, on the same random images; every side's first loss is checked
-against plain's before anything is timed. Neither data nor weights are needed.
+All in one process, on the same random images. One side is built after the other, its first loss is
+checked against that of the first side, and it is timed interleaved with those that it is compared
+with: plain, plain[compile], vanilla KD. Its row is written then: what comes later, and may take
+minutes to compile, cannot take it away. Neither data nor weights are needed.
 
     dfptkd bench step [--pairs "cifar:resnet32x4>cifar:resnet8x4"] [--methods kd,dfpt,dfpt_plus]
-                      [--providers plain,ours[eager]] [--seeds 3] [--batch 64] [--rounds 5]
+                      [--providers plain,ours[eager]] [--seeds 3,6] [--batch 64] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -22,14 +24,12 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..engine.cli import Parser
@@ -44,7 +44,6 @@ from ..engine.config import (
 )
 from ..engine.data import Batch, load_data, train_batches
 from ..engine.errors import UsageError
-from ..engine.machine import pick_device
 from ..engine.memory import kept_bytes
 from ..engine.metrics import Normalise, normaliser
 from ..engine.models import PromptFusion, create_model, split_stages
@@ -53,12 +52,14 @@ from ..engine.step import TrainStep
 from ..engine.timing import time_interleaved
 from ..kernels import use_backend
 from .measure import (
+    Failures,
     Row,
-    append_rows,
     bench_parser,
+    keeper,
     make_row,
     peak_bytes,
     positive,
+    prepared_device,
 )
 
 PAIR = "cifar:wrn_40_2>cifar:ShuffleV1"
@@ -218,14 +219,17 @@ def our_step(setting: Setting, mode: str) -> TrainStep:
     return build_step(config, load_data(config.data, setting.device), setting.device)
 
 
-def at_once(setting: Setting, mode: str, seeds: int) -> list[TrainStep]:
-    """Steps of several seeds, which share what runs of several seeds share."""
-    steps = [our_step(setting, mode) for _ in range(seeds)]
-    for step in steps if seeds > 1 else ():
-        step.method.share_teacher(steps[0].method)
+def at_once(
+    setting: Setting, mode: str, seeds: int, steps: Sequence[TrainStep] = ()
+) -> list[TrainStep]:
+    """Steps of several seeds, which share what runs of several seeds share; `steps` are those that
+    there are already."""
+    found = [*steps, *(our_step(setting, mode) for _ in range(seeds - len(steps)))]
+    for step in found if seeds > 1 else ():
+        step.method.share_teacher(found[0].method)
         step.run_beside_others()
-        step.share_batches(None if step is steps[0] else steps[0])
-    return steps
+        step.share_batches(None if step is found[0] else found[0])
+    return found
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,9 @@ class Side:
 
     call: Callable[[], object]
     modules: list[nn.Module]
+    first_loss: float
+    first_seconds: float
+    """From nothing to the end of the first step: building, compiling, capturing."""
 
     def kept_bytes(self) -> int:
         """What the forward pass keeps for the backward, parameters and buffers not counted."""
@@ -251,18 +258,69 @@ class HostCalls:
     """Waits for the device."""
 
 
-def host_calls(call: Callable[[], object]) -> HostCalls:
-    """Count the runtime's calls in one step (CUDA)."""
+def host_calls(call: Callable[[], object]) -> HostCalls | None:
+    """Count the runtime's calls in one step (CUDA); None where they cannot be counted."""
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
-    found = {event.key: event.count for event in profile.key_averages()}
+    return count_host_calls({event.key: event.count for event in profile.key_averages()})
+
+
+def count_host_calls(events: Mapping[str, int]) -> HostCalls | None:
+    """Launches and waits among a profile's events, name -> how often.
+
+    None where no call of the runtime is among them, not even the profiler's own wait at the end:
+    CUPTI, which records them, is missing then, or may not be used.
+    """
+    calls = {name: count for name, count in events.items() if name.startswith("cu")}
+    if not calls:
+        return None
     launches = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
     return HostCalls(
-        sum(n for key, n in found.items() if key[:2] == "cu" and any(x in key for x in launches)),
-        sum(n for key, n in found.items() if key[:2] == "cu" and "Synchronize" in key) - 1,
+        sum(n for name, n in calls.items() if any(kind in name for kind in launches)),
+        max(0, sum(n for name, n in calls.items() if "Synchronize" in name) - 1),
     )  # the profiler itself waits once
+
+
+def build_sides(
+    setting: Setting, provider: str, seeds: Sequence[int] = (1,)
+) -> Iterator[tuple[str, Side]]:
+    """One provider's step, warm, by its label; ours also for each number of `seeds` at once."""
+    data = load_data(setting.config("eager").data, setting.device)
+    batch = next(train_batches(data.train, batch_size=setting.batch, seed=0, epoch=0))
+    started = time.perf_counter()
+    if provider.startswith("plain"):
+        normalise = normaliser(data)
+        plain = PlainStep(setting, compiled=provider == "plain[compile]")
+        loss = plain(normalise(batch), batch.labels).item()
+        call = functools.partial(_plain_call, plain, normalise, batch)
+        seconds = time.perf_counter() - started
+        yield provider, Side(call, [plain.student, plain.dual], loss, seconds)
+        return
+    mode = provider.removeprefix("ours[").removesuffix("]")
+    steps: list[TrainStep] = []
+    for count in sorted(set(seeds)):
+        steps = at_once(setting, mode, count, steps)
+        _ours_call(steps, batch)
+        loss = steps[-1].meter.read(False)["loss/total"]  # waits for the device
+        call = functools.partial(_ours_call, steps, batch)
+        seconds = time.perf_counter() - started
+        label = provider if count == 1 else f"{provider}x{count}"
+        yield label, Side(call, [step.method for step in steps], loss, seconds)
+        started = time.perf_counter()
+
+
+def check_losses(setting: Setting, losses: Mapping[str, float]) -> None:
+    """Side -> its first loss.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    tolerance = 1e-4 if setting.dtype == torch.float32 else 3e-2
+    spread = max(losses.values()) - min(losses.values())
+    if not spread <= tolerance * max(losses.values()):
+        raise RuntimeError(f"{setting.label}: the first losses differ: {dict(losses)}")
 
 
 def make_sides(setting: Setting, providers: Sequence[str], seeds: int = 1) -> dict[str, Side]:
@@ -271,30 +329,10 @@ def make_sides(setting: Setting, providers: Sequence[str], seeds: int = 1) -> di
     Raises:
         RuntimeError: A provider's first loss is not that of the others.
     """
-    data = load_data(setting.config("eager").data, setting.device)
-    batch = next(train_batches(data.train, batch_size=setting.batch, seed=0, epoch=0))
-    normalise = normaliser(data)
     sides: dict[str, Side] = {}
-    losses: dict[str, float] = {}
-    for name in providers:
-        if name.startswith("plain"):
-            plain = PlainStep(setting, compiled=name == "plain[compile]")
-            losses[name] = plain(normalise(batch), batch.labels).item()
-            call = functools.partial(_plain_call, plain, normalise, batch)
-            sides[name] = Side(call, [plain.student, plain.dual])
-        else:
-            mode = name.removeprefix("ours[").removesuffix("]")
-            for count in sorted({1, seeds}):
-                steps = at_once(setting, mode, count)
-                label = name if count == 1 else f"{name}x{count}"
-                _ours_call(steps, batch)
-                losses[label] = steps[-1].meter.read(False)["loss/total"]
-                call = functools.partial(_ours_call, steps, batch)
-                sides[label] = Side(call, [step.method for step in steps])
-    tolerance = 1e-4 if setting.dtype == torch.float32 else 3e-2
-    spread = (max(losses.values()) - min(losses.values())) / max(losses.values())
-    if not spread <= tolerance:
-        raise RuntimeError(f"{setting.label}: the first losses differ: {losses}")
+    for provider in providers:
+        sides |= build_sides(setting, provider, (1, seeds))
+    check_losses(setting, {name: side.first_loss for name, side in sides.items()})
     return sides
 
 
@@ -322,88 +360,157 @@ class Measured:
     """A row of bench/results.csv, and what only the table shows."""
 
     row: Row
+    first_seconds: float
+    """As `Side` has it."""
+    beside: dict[str, float]
+    """Microseconds of what was timed with it: "plain", "plain[compile]", "kd"."""
     kept_bytes: int
     host: HostCalls | None
 
 
+@dataclass
+class Comparison:
+    """What sides are compared with, as far as it is there."""
+
+    plain: dict[Setting, dict[str, Side]] = field(default_factory=dict)
+    kd: dict[str, Side] = field(default_factory=dict)
+    """Label -> vanilla KD's."""
+    losses: dict[Setting, dict[str, float]] = field(default_factory=dict)
+
+    def beside(self, setting: Setting, label: str) -> dict[str, Side]:
+        """What a side is timed with."""
+        found = dict(self.plain.get(setting, {}))
+        if label in self.kd:
+            found["kd"] = self.kd[label]
+        return found
+
+    def check(self, setting: Setting, label: str, side: Side) -> None:
+        """Raises RuntimeError where the first loss is not that of the first side."""
+        losses = self.losses.setdefault(setting, {label: side.first_loss})
+        first = next(iter(losses))
+        check_losses(setting, {first: losses[first], label: side.first_loss})
+
+    def add(self, setting: Setting, label: str, side: Side) -> None:
+        """Others are compared with it from now on, if it is one of those."""
+        if label.startswith("plain"):
+            self.plain.setdefault(setting, {})[label] = side
+        elif setting.method == "kd":
+            self.kd[label] = side
+
+
 def measure(
-    settings: Sequence[Setting], providers: Sequence[str], *, rounds: int, seeds: int = 1
-) -> list[Measured]:
-    """All methods of one pair, interleaved; vanilla KD by our own steps alone."""
-    sides: dict[tuple[Setting, str], Side] = {}
-    for setting in settings:
-        wanted = [p for p in providers if _applies(p, setting.method)]
-        found = make_sides(setting, wanted, seeds)
-        sides |= {(setting, name): side for name, side in found.items()}
-    device = settings[0].device
-    calls = {f"{setting.label} {name}": side.call for (setting, name), side in sides.items()}
+    settings: Sequence[Setting],
+    providers: Sequence[str],
+    *,
+    rounds: int,
+    seeds: Sequence[int] = (1,),
+    of_seeds: Sequence[str] = PROVIDERS,
+    failures: Failures | None = None,
+) -> Iterator[tuple[Side, Measured]]:
+    """All methods of one pair, each side as it is done; vanilla KD by our own steps alone.
+
+    A side's memory is free again once nobody holds it, unless others are compared with it.
+
+    Args:
+        settings: One for each method; what vanilla KD is compared with comes after it.
+        providers: Names of sides.
+        rounds: Timed steps of each.
+        seeds: Numbers of seeds at once, of our sides.
+        of_seeds: The providers of which more than one seed is measured.
+        failures: Takes a side that fails, and the rest goes on; None: it is raised.
+    """
+    comparison = Comparison()
+    wanted = [(p, s) for p in providers for s in settings if _applies(p, s.method)]
+    for provider, setting in wanted:
+        try:
+            counts = seeds if provider in of_seeds else (1,)
+            for label, side in build_sides(setting, provider, counts):
+                comparison.check(setting, label, side)
+                beside = comparison.beside(setting, label)
+                yield side, _measure(setting, label, side, beside, rounds)
+                comparison.add(setting, label, side)
+        except Exception as error:
+            if failures is None:
+                raise
+            failures.add(f"{setting.label} {provider}", error)
+
+
+def _measure(
+    setting: Setting, label: str, side: Side, beside: dict[str, Side], rounds: int
+) -> Measured:
+    device = setting.device
+    calls = {name: other.call for name, other in beside.items()} | {label: side.call}
     timings = time_interleaved(calls, device, rounds=rounds, warmup=1)
-    return [
-        Measured(
-            make_row(
-                timings[f"{setting.label} {name}"],
-                device,
-                kernel=setting.label,
-                provider=name,
-                passes="step",
-                contract="hot",
-                shape=setting.shape,
-                dtype=setting.dtype,
-                bytes_moved=None,
-                copy_gb_per_s=None,
-                peak=peak_bytes(side.call, device),
-            ),
-            side.kept_bytes(),
-            host_calls(side.call) if device.type == "cuda" else None,
-        )
-        for (setting, name), side in sides.items()
-    ]
+    row = make_row(
+        timings[label],
+        device,
+        kernel=setting.label,
+        provider=label,
+        passes="step",
+        contract="hot",
+        shape=setting.shape,
+        dtype=setting.dtype,
+        bytes_moved=None,
+        copy_gb_per_s=None,
+        peak=peak_bytes(side.call, device),
+    )
+    others = {name: timings[name].median for name in beside}
+    host = host_calls(side.call) if device.type == "cuda" else None
+    return Measured(row, side.first_seconds, others, side.kept_bytes(), host)
 
 
 def print_rows(measured: Sequence[Measured], settings: Sequence[Setting]) -> None:
     """Images a second, each side against plain, and DFPT over KD against the ratio of the MACs."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("method", "side"):
         table.add_column(column)
     columns = ("images/s", "median ms", "p20..p80", "plain / it", "compile / it", "of KD", "MACs")
     for column in columns:
         table.add_column(column, justify="right")
-    on_gpu = measured[0].host is not None
+    on_gpu = settings[0].device.type == "cuda"
     for column in ("peak MB", "launches", "syncs") if on_gpu else ("kept MB",):
         table.add_column(column, justify="right")
-    rows = [m.row for m in measured]
-    median = {(r.kernel, r.provider): r.median_us for r in rows}
-    kd = {r.provider: r.median_us for r in rows if r.kernel.startswith("step:kd:")}
     macs = {setting.label: step_macs(setting) for setting in settings}
     kd_macs = next((macs[label] for label in macs if label.startswith("step:kd:")), None)
     for m in measured:
         r = m.row
         setting = next(s for s in settings if s.label == r.kernel)
-
-        def over(name: str, r: Row = r) -> str:
-            other = median.get((r.kernel, name))
-            return "" if other is None else f"{other / r.median_us:.2f}x"
-
-        images = _seeds_of(r) * setting.batch / r.median_us * 1e6
-        of_kd = f"{r.median_us / kd[r.provider]:.2f}x" if r.provider in kd else ""
-        of_macs = f"{macs[r.kernel] / kd_macs:.2f}x" if kd_macs and r.provider in kd else ""
+        kd = r.median_us if setting.method == "kd" else m.beside.get("kd")
         table.add_row(
-            setting.method, escape(r.provider), f"{images:,.0f}",
+            setting.method, escape(r.provider), f"{images_per_second(r):,.0f}",
             f"{r.median_us / 1e3:,.1f}", f"{r.p20_us / 1e3:,.0f}..{r.p80_us / 1e3:,.0f}",
-            over("plain"), over("plain[compile]"), of_kd, of_macs, *_memory(m),
+            _over(m, "plain"), _over(m, "plain[compile]"),
+            "" if kd is None else f"{r.median_us / kd:.2f}x",
+            f"{macs[r.kernel] / kd_macs:.2f}x" if kd_macs and kd else "", *_memory(m, on_gpu),
         )  # fmt: skip
     Console(width=None if Console().is_terminal else 120).print(table)
-    r = rows[0]
+    r = measured[0].row
     print(
         f"{r.kernel.split(':', 2)[2]}, batch {settings[0].batch}, {r.device}, {r.threads} threads, "
         f"torch {r.torch}, commit {r.commit}, n = {r.n}"
     )
 
 
-def _memory(m: Measured) -> tuple[str, ...]:
-    if m.host is None:
+def _over(m: Measured, name: str) -> str:
+    """How many times as long another side takes that was timed with this one."""
+    other = m.row.median_us if m.row.provider == name else m.beside.get(name)
+    return "" if other is None else f"{other / m.row.median_us:.2f}x"
+
+
+def _memory(m: Measured, on_gpu: bool) -> tuple[str, ...]:
+    if not on_gpu:
         return (f"{m.kept_bytes / 1e6:,.0f}",)
-    return f"{(m.row.peak_bytes or 0) / 1e6:,.0f}", str(m.host.launches), str(m.host.syncs)
+    counts = ("", "") if m.host is None else (str(m.host.launches), str(m.host.syncs))
+    return f"{(m.row.peak_bytes or 0) / 1e6:,.0f}", *counts
+
+
+def images_per_second(row: Row) -> float:
+    """Of a step, all its seeds counted."""
+    return _seeds_of(row) * int(row.shape.partition("x")[0]) / row.median_us * 1e6
 
 
 def _seeds_of(row: Row) -> int:
@@ -427,7 +534,9 @@ def add_pair_options(parser: Parser) -> None:
     parser.add_argument("--fusion-groups", type=positive, default=PromptConfig().fusion_groups)
 
 
-def make_setting(options: argparse.Namespace, teacher: str, student: str, method: str) -> Setting:
+def make_setting(
+    options: argparse.Namespace, teacher: str, student: str, method: str, device: torch.device
+) -> Setting:
     """The setting that the options of a bench ask for."""
     return Setting(
         teacher,
@@ -437,7 +546,7 @@ def make_setting(options: argparse.Namespace, teacher: str, student: str, method
         options.image_size,
         options.classes,
         PromptConfig(r1=options.r1, fusion_groups=options.fusion_groups),
-        pick_device(RunConfig(device=options.device)),
+        device,
     )
 
 
@@ -467,6 +576,10 @@ def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
+def _numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
 def main(args: Sequence[str]) -> int:
     """`dfptkd bench step`; returns the exit code."""
     parser = bench_parser("step", rounds=5)
@@ -477,22 +590,28 @@ def main(args: Sequence[str]) -> int:
         help=f"{','.join(PROVIDERS)}; absent: all, on a CPU no graph and no joint",
     )
     parser.add_argument(
-        "--seeds", type=positive, default=1, help="also steps of this many seeds at once"
+        "--seeds", type=_numbers, default="1", help="also so many seeds at once: 3, or 3,6"
     )
     add_pair_options(parser)
     options = parser.parse_args(args)
-    device = pick_device(RunConfig(device=options.device))
+    device = prepared_device(options)
     known = [p for p in PROVIDERS if device.type == "cuda" or "graph" not in p]
     usual = [p for p in known if device.type == "cuda" or "joint" not in p]
     providers = parse_names("--providers", options.providers or ",".join(usual), known)
-    methods = parse_names("--methods", options.methods, METHODS)
+    methods = sorted(parse_names("--methods", options.methods, METHODS), key=METHODS.index)
+    keep, failures = keeper(options.out), Failures()
     for teacher, student in parse_pairs(options.pairs):
         torch.compiler.reset()
-        settings = [make_setting(options, teacher, student, method) for method in methods]
-        found = measure(settings, providers, rounds=options.rounds, seeds=options.seeds)
-        append_rows([m.row for m in found], options.out)
-        print_rows(found, settings)
-    return 0
+        settings = [make_setting(options, teacher, student, name, device) for name in methods]
+        found = []
+        for _, measured in measure(
+            settings, providers, rounds=options.rounds, seeds=(1, *options.seeds), failures=failures
+        ):
+            keep(measured.row)
+            found.append(measured)
+        if found:
+            print_rows(found, settings)
+    return failures.exit_code
 
 
 if __name__ == "__main__":

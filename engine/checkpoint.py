@@ -25,12 +25,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import DataError, StorageError
-from .files import first_line, flush, read_json, read_tensors, remove_temporary, write_atomically
+from .files import (
+    disk_errors,
+    first_line,
+    flush,
+    read_json,
+    read_tensors,
+    remove_temporary,
+    save_file,
+    write_atomically,
+)
 
 STATE_FILES = ("state.safetensors", "state.json")
 FILES = (*STATE_FILES, "manifest.json")
@@ -271,7 +278,7 @@ def _write(
             index["best"] = final.name
         index_text = json.dumps(index)
         write_atomically(folder / "index.json", lambda path: path.write_text(index_text))
-    except (OSError, SafetensorError) as error:
+    except disk_errors() as error:
         raise StorageError(
             f"{final}: the checkpoint could not be written: {first_line(error)}"
         ) from error

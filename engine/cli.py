@@ -35,7 +35,7 @@ VERBS = {
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
     "verify-data": "find images that cannot be decoded: dfptkd verify-data DIR [--out FILE]",
-    "bench": "measurements side by side: dfptkd bench kernels|step|data|overhead|optim [options]",
+    "bench": "measurements: dfptkd bench kernels|step|data|overhead|optim|first|compare [options]",
     "study": "a declared set of runs, and its record: dfptkd study NAME --budget full|short|cpu",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
 }
@@ -98,7 +98,8 @@ def _overview() -> str:
     lines += [f"  {verb:<14} {text}" for verb, text in VERBS.items()]
     lines += ["", "recipes: " + " ".join(recipe_names()), "arms:    " + " ".join(arms())]
     lines += ["", "dfptkd train RECIPE --help lists every option."]
-    lines += ["exit codes: 0 done, 1 defect, 2 usage, 3 data, 4 numeric, 5 storage, 75 stopped"]
+    lines += ["exit codes: 0 done, 1 defect, 2 usage, 3 data, 4 numeric, 5 storage, 75 stopped;"]
+    lines += ["of bench compare also 6: something got slower"]
     return "\n".join(lines)
 
 
@@ -535,7 +536,7 @@ def _profile(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    parts = ("kernels", "step", "data", "overhead", "optim")
+    parts = ("kernels", "step", "data", "overhead", "optim", "first", "compare")
     if not args or args[0] not in parts:
         raise UsageError(f"bench: expected what to measure, one of: {' '.join(parts)}")
     package = __package__.rpartition(".")[0]

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -165,6 +164,8 @@ class World:
         """Small tensors of every process, by rank, on the CPU."""
         if self.size == 1:
             return [tensors]
+        from safetensors.torch import load, save
+
         own = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         return [load(found) for found in self._exchange_bytes(own)]
 
@@ -173,6 +174,8 @@ class World:
         if self.size == 1:
             assert tensors is not None
             return tensors
+        from safetensors.torch import load, save
+
         found = self._bytes_of_main(save(tensors or {}) if self.is_main else b"")
         return load(found) if tensors is None else tensors
 

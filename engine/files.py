@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import DataError, StorageError
@@ -39,12 +38,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
         write(temporary)
         flush(temporary)
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:  # the latter: safetensors' own writer
+    except disk_errors() as error:
         raise StorageError(f"{path}: could not be written: {first_line(error)}") from error
     finally:
         with suppress(OSError):  # a disk that is read-only by now: `remove_temporary` comes later
             temporary.unlink(missing_ok=True)
     return path
+
+
+def disk_errors() -> tuple[type[Exception], ...]:
+    """What a write raises that the disk refuses.
+
+    Steps and kernels are measured where safetensors is not installed: it is imported by who reads
+    or writes its files, and where nobody has, its writer has raised nothing.
+    """
+    safetensors = sys.modules.get("safetensors")
+    return (OSError,) if safetensors is None else (OSError, safetensors.SafetensorError)
 
 
 def remove_temporary(folder: Path) -> None:
@@ -83,12 +92,23 @@ def read_json(path: Path, expected: str) -> Any:
         raise DataError(f"{path}: expected {expected}: {first_line(error)}") from None
 
 
+def save_file(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as a safetensors file."""
+    from safetensors.torch import save_file as write
+
+    write(tensors, path, metadata)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, on the CPU.
 
     Raises:
         DataError: it cannot be read, or is damaged.
     """
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except Exception as error:  # a header that lies can make torch raise anything

@@ -222,12 +222,20 @@ def _describe_device(device: str) -> dict[str, Any]:
         capability = torch.cuda.get_device_capability()
         about |= {
             "capability": list(capability),
-            "driver": torch._C._cuda_getDriverVersion(),
+            "driver": _driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "triton": versions().get("triton"),
         }
     return about
+
+
+def _driver() -> str:
+    """Version of NVIDIA's kernel module; empty where none is to be seen, as in some containers."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _digest(machine: dict[str, Any]) -> str:

@@ -128,6 +128,17 @@ class KernelChoices:
                 return name, reason
         return None
 
+    def do_without(self, name: str) -> None:
+        """Let the reference serve whatever `name` was chosen for: a process of the run lacks it."""
+        why = f"not every process of the run has {name}"
+        self.table = {
+            site: replace(choice, backend="reference", why=why)
+            if choice.backend == name
+            else choice
+            for site, choice in self.table.items()
+        }
+        self._settle()
+
     def summary(self) -> str:
         """Which backends serve, in one line."""
         fast = [c for c in self.table.values() if c.backend != "reference"]
@@ -149,19 +160,17 @@ class KernelChoices:
             self.choices = Choices(backends)
 
     def _decide(self, site: Site, call: Call) -> str:
-        if site not in self.table:
-            self.table[site] = self._find(site, call)
+        if site in self.table:
+            return self.table[site].backend
+        wanted = backend.fast_backend(site.device) if self.asked == "auto" else self.asked
+        if wanted is None or backend.refusal(wanted, site.operation, site.device, site.dtype):
+            backend.log_fallback(site.operation, site.device, site.dtype)
+            return "reference"  # there is nothing to choose
+        self.table[site] = self._find(site, call, wanted)
         return self.table[site].backend
 
-    def _find(self, site: Site, call: Call) -> Choice:
+    def _find(self, site: Site, call: Call, wanted: str) -> Choice:
         images = 0 if call.tensors[0] is None else len(call.tensors[0])
-        wanted = backend.fast_backend(site.device) if self.asked == "auto" else self.asked
-        refusal = "this device has none but the reference"
-        if wanted is not None:
-            refusal = backend.refusal(wanted, site.operation, site.device, site.dtype) or ""
-        if refusal or wanted is None:
-            backend.log_fallback(site.operation, site.device, site.dtype)
-            return Choice(site, images, "reference", refusal, {})
         known = self.cache.find(site, images) if self.asked == "auto" else None
         if known is not None:
             return known
@@ -352,6 +361,7 @@ class _Copy:
             own = None if tensor is None else tensor.detach().clone()
             if own is not None and own.is_floating_point():
                 own = own.double() if exact and call.exact is None else own
+                assert tensor is not None
                 own.requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
                 leaves = [own, *leaves] if own.requires_grad else leaves
             self.tensors.append(own)

@@ -22,14 +22,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import StorageError
 from .files import first_line, write_atomically
+
+if TYPE_CHECKING:  # steps and kernels are measured where rich is not installed
+    from rich.progress import Progress
 
 _REFRESH_S = 0.5  # how often a progress line reads the device
 _PLAIN_LINE_S = 20.0  # how often a run without a terminal says that it is alive
@@ -102,6 +103,8 @@ class RunLog:
         self._status_lock = threading.Lock()
         self.folder, self.columns = folder, list(columns)
         self._said: set[str] = set()
+        from rich.console import Console
+
         self.console = Console(file=Terminal(self._terminal_lost), soft_wrap=True)
         self._started = time.monotonic()
         metrics, events = folder / "metrics.csv", folder / "events.jsonl"
@@ -227,6 +230,8 @@ class RunLog:
         if self.prefix or not self.console.is_terminal:
             yield ProgressLine(None, self, total_steps, done, batch)
             return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -312,6 +312,9 @@ class TrainStep:
             with self.kernels.in_force():
                 self._look(batch)
         self.kernels.adopt(self.world.of_main(lambda: self._measure(batch)))
+        for missing in self.world.exchange(self.kernels.missing(self.device.type)):
+            if missing is not None:
+                self.kernels.do_without(missing[0])
         self.gate.settle(torch.zeros_like(self.gate.is_open), before)
 
     def _measure(self, batch: Batch) -> list[dict[str, Any]]:

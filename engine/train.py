@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .alarms import (
     fusion_warning,
@@ -34,7 +33,7 @@ from .data.crops import side_of_epoch
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .explain import EVALUATION, explained
-from .files import write_atomically
+from .files import save_file, write_atomically
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
 from .machine import check_machine, check_sizes, prepare_torch
 from .memory import available_bytes

@@ -102,6 +102,8 @@ class Choices(dict[Site, str]):
         items = sorted((repr(site), name) for site, name in self.items())
         self.key = hashlib.sha256(repr(items).encode()).hexdigest()[:16]
         _CHOICES[self.key] = self
+        for name in set(self.values()):
+            unavailable(name)  # loads what is to serve, in a process that has measured nothing too
 
 
 # By content: compiled code knows the choices by this name, and equal ones need no second trace.

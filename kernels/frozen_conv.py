@@ -198,7 +198,7 @@ def _backend(
     ):
         return "reference"
     has_gradient = x.requires_grad and torch.is_grad_enabled()
-    words = ("bias",) * (bias is not None) + ("gradient",) * has_gradient
+    words: tuple[str | int, ...] = ("bias",) * (bias is not None) + ("gradient",) * has_gradient
     at = ("frozen_conv2d", x, x.shape[1:], (weight.shape[0], *words))
     if is_measuring():
         return decide_at(Call(_conv3x3, (x, weight, bias)), *at)

@@ -109,7 +109,7 @@ def orders_of_summation():
 
 def gap(a: dict, b: dict) -> float:
     """Distance over length of parameters, averages and gradients; the farthest of these."""
-    return max(((a[k] - b[k]).norm() / b[k].norm()).item() for k in b)
+    return max(((a[k] - b[k]).double().norm() / b[k].double().norm()).item() for k in b)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -3,6 +3,8 @@ record, and binding."""
 
 import importlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -312,6 +314,30 @@ def test_compiled_code_follows_the_choices():
         with use_choices(Choices(choices)):
             work(x)
     assert seen == [True, False]  # equal choices need no second trace
+
+
+def test_a_process_that_follows_another_loads_what_serves_it():
+    """Rank 1 of a run has asked nobody whether the library is there."""
+    code = """
+import torch
+from dfptkd.kernels import frozen_relu
+from dfptkd.kernels.backend import Choices, Site, use_choices
+x = torch.randn(2, 3, requires_grad=True)
+with use_choices(Choices({Site("frozen_relu", "cpu", x.dtype, (3,)): "native"})):
+    frozen_relu(x).sum().backward()
+print(x.grad.isfinite().all().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_what_another_process_lacks_serves_nowhere(native_wins):
+    kernels = KernelChoices()
+    with kernels.deciding():
+        call_relu()
+    kernels.do_without("native")
+    assert list(kernels.choices.values()) == ["reference"]
+    assert kernels.record()[0]["why"] == "not every process of the run has native"
 
 
 def test_measured_kernels_serve_a_loop_of_ones_own(native_wins):

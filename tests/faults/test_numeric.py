@@ -1,7 +1,7 @@
 """Steps that are not finite, one or many, and alarms that stop nothing (rows 11-14, 23, 26).
 
 A bad step in one rank of two: tests/engine/test_distributed.py; fused kernels that are wrong (25):
-tests/engine/test_guards.py.
+tests/engine/test_kernel_choice.py.
 """
 
 import json

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from error_bounds import Computed, excess
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_bounds import loss_bounds
 
 from dfptkd.kernels import DualPathLoss, DualPathWeights, dual_path_loss
 
@@ -73,25 +75,25 @@ def run(student, prompt, teacher, target, **options):
     return result, student.grad, prompt.grad
 
 
-def bound(dtype, tau, *logits):
-    """Sums of numbers up to tau^2 |log p|, each rounded a few times."""
-    largest = max((float(z.double().abs().max()) for z in logits if z.numel()), default=0.0)
-    size = max(tau, 1.0) ** 2 * (2 * largest / min(tau, 1.0) + math.log(1001))
-    return 16 * torch.finfo(dtype).eps * size
-
-
 def assert_equals_definition(inputs, *, dtype=torch.float64, **options):
     renamed = {"label_smoothing": "smoothing", "ignore_index": "ignore", "reverse_kl": "reverse"}
-    expected = definition(*inputs, **{renamed.get(k, k): v for k, v in options.items()})
-    result, grad_s, grad_p = run(*inputs, weights=WEIGHTS, **options)
-    tolerance = bound(dtype, options.get("tau", 4.0), *inputs[:3])
-    for got, want in zip(
-        (result.terms, result.total, grad_s, grad_p), map(np.asarray, expected[:4]), strict=True
-    ):
-        torch.testing.assert_close(
-            got.double(), torch.from_numpy(want), atol=tolerance, rtol=torch.finfo(got.dtype).eps
-        )
-    assert [result.student_correct.item(), result.prompt_correct.item()] == expected[4].tolist()
+    terms, total, grad_s, grad_p, hits = definition(
+        *inputs, **{renamed.get(k, k): v for k, v in options.items()}
+    )
+    *logits, target = inputs
+    bounds = loss_bounds(
+        dict(zip(("student", "prompt", "teacher"), logits, strict=True)), target, tuple(W),
+        **{"tau": 4.0, **options, "unit": torch.finfo(dtype).eps / 2, "dtype": dtype},
+    )  # fmt: skip
+    result, *grads = run(*inputs, weights=WEIGHTS, **options)
+    want = [
+        torch.as_tensor(value, dtype=torch.float64) for value in (total, *terms, grad_s, grad_p)
+    ]
+    for got, true, bound in zip((result.total, *result.terms, *grads), want, bounds, strict=True):
+        expected = Computed(true, bound.error, bound.unit)
+        assert excess(bound.value, expected) <= (4 if dtype == torch.float64 else 1e-5)
+        assert excess(got, expected) <= (4 if dtype == torch.float64 else 1)  # NumPy rounds, too
+    assert [result.student_correct.item(), result.prompt_correct.item()] == hits.tolist()
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0, 20.0])

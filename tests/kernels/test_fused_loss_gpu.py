@@ -45,6 +45,7 @@ def run(logits, target, **options):
 
 @pytest.mark.parametrize(("rows", "classes", "dtype", "tau", "reverse_kl"), CASES, ids=str)
 def test_error_is_at_most_twice_that_of_eager(rows, classes, dtype, tau, reverse_kl):
+    """As root mean squares, and a few units where that is exact by luck."""
     *logits, target = make_logits(rows, classes, dtype)
     assert which_backend("dual_path_loss", logits[0]) == "triton"
     target[0] = -100 if rows > 1 else target[0]
@@ -55,8 +56,8 @@ def test_error_is_at_most_twice_that_of_eager(rows, classes, dtype, tau, reverse
         eager = run(logits, target, **options)
     for ours, theirs, truth in zip(fused, eager, exact, strict=True):
         tiny = 4 * torch.finfo(torch.float32).eps * truth.abs().max().clamp(min=1e-6)
-        error = (ours.double() - truth).abs().max()
-        assert error <= 2 * (theirs.double() - truth).abs().max() + tiny
+        error, allowed = ((side.double() - truth).square().mean().sqrt() for side in (ours, theirs))
+        assert error <= 2 * allowed + tiny
 
 
 def test_two_launches_are_bit_equal():

@@ -73,6 +73,7 @@ def run(case, dtype, name, *, rounded_to):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_is_at_most_twice_that_of_eager(case, dtype):
+    """As root mean squares, and a few units where that is exact by luck."""
     exact = run(case, torch.float64, "reference", rounded_to=dtype)
     eager = run(case, dtype, "reference", rounded_to=dtype)
     ours = run(case, dtype, "triton", rounded_to=dtype)
@@ -80,8 +81,10 @@ def test_error_is_at_most_twice_that_of_eager(case, dtype):
     magnitudes[1] = exact[0].abs().sum((0, 2, 3)).max().item()
     magnitudes[2] = exact[2].max().item()
     for found, yardstick, want, size in zip(ours, eager, exact, magnitudes, strict=True):
-        error, allowed = ((side.double() - want).abs().max().item() for side in (found, yardstick))
-        assert error <= max(2 * allowed, 8 * torch.finfo(dtype).eps * size)
+        error, allowed = (
+            (side.double() - want).square().mean().sqrt().item() for side in (found, yardstick)
+        )
+        assert error <= max(2 * allowed, 4 * torch.finfo(dtype).eps * size)
 
 
 def step(pair, x, grad):
@@ -138,8 +141,8 @@ def test_a_cuda_graph_replays_it(pair, images):
         assert torch.equal(a, b)
 
 
-def test_on_cuda_it_stays_eager_until_forced(pair, images):
+def test_it_stays_eager_until_a_measurement_or_the_caller_says_otherwise(pair, images):
     assert which_backend("partial_pointwise_conv", images[0]) == "triton"
-    assert not pair.prompt.is_fused(images[0])
+    assert pair.backend(images[0]) == "reference"
     with use_backend("triton"):
-        assert pair.prompt.is_fused(images[0])
+        assert pair.backend(images[0]) == "triton"

@@ -21,7 +21,7 @@ from typing import Any
 import null_device
 import torch
 from safetensors.torch import save_file
-from steps import Case, compiling_by, configuration
+from steps import Case, compiling_by, configuration, pairs_by
 
 from dfptkd.engine.config import TeacherConfig
 from dfptkd.engine.data import Batch
@@ -133,7 +133,11 @@ def work(folder: Path, options: Options) -> Report:
     built = watch(report, options)
     count_images()
     case = Case(options.method, options.mode, options.arm, options.changes, options.backend)
-    with warnings.catch_warnings(record=True) as caught, compiling_by(options.backend):
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        compiling_by(options.backend),
+        pairs_by("reference"),
+    ):
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)  # within torch's own modules
         for number in range(options.runs):

