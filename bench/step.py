@@ -6,7 +6,8 @@
     plain[compile]     the same, its networks and its losses under torch.compile
     ours[MODE]         a run's own step, one row for each execution mode
     ours[MODE+joint]   the later stages on both teacher paths as one batch (--step.joint-paths)
-    ours[MODE]xN       a step of each of N seeds at once, on the same batch (--seeds N,N)
+    ours[MODE]xN       a step of each of N seeds at once (--seeds N,N), on the same batch; of mode
+                       graph as one graph, each on a batch of its own
 
 Vanilla KD is timed by our step alone, for the ratio of the costs.
 
@@ -44,6 +45,7 @@ from ..engine.config import (
 )
 from ..engine.data import Batch, load_data, train_batches
 from ..engine.errors import UsageError
+from ..engine.joint_step import JointStep, join
 from ..engine.memory import kept_bytes
 from ..engine.metrics import Normalise, normaliser
 from ..engine.models import PromptFusion, create_model, split_stages
@@ -221,15 +223,14 @@ def our_step(setting: Setting, mode: str) -> TrainStep:
 
 def at_once(
     setting: Setting, mode: str, seeds: int, steps: Sequence[TrainStep] = ()
-) -> list[TrainStep]:
-    """Steps of several seeds, which share what runs of several seeds share; `steps` are those that
-    there are already."""
+) -> tuple[list[TrainStep], JointStep | None]:
+    """Steps of several seeds, which share what runs of several seeds share and do them as one where
+    those do; `steps` are those that there are already."""
     found = [*steps, *(our_step(setting, mode) for _ in range(seeds - len(steps)))]
+    joint = join(found) if seeds > 1 else None
     for step in found if seeds > 1 else ():
-        step.method.share_teacher(found[0].method)
-        step.run_beside_others()
         step.share_batches(None if step is found[0] else found[0])
-    return found
+    return found, joint
 
 
 @dataclass(frozen=True)
@@ -301,10 +302,10 @@ def build_sides(
     mode = provider.removeprefix("ours[").removesuffix("]")
     steps: list[TrainStep] = []
     for count in sorted(set(seeds)):
-        steps = at_once(setting, mode, count, steps)
-        _ours_call(steps, batch)
+        steps, joint = at_once(setting, mode, count, steps)
+        _ours_call(steps, joint, batch)
         loss = steps[-1].meter.read(False)["loss/total"]  # waits for the device
-        call = functools.partial(_ours_call, steps, batch)
+        call = functools.partial(_ours_call, steps, joint, batch)
         seconds = time.perf_counter() - started
         label = provider if count == 1 else f"{provider}x{count}"
         yield label, Side(call, [step.method for step in steps], loss, seconds)
@@ -336,12 +337,19 @@ def make_sides(setting: Setting, providers: Sequence[str], seeds: int = 1) -> di
     return sides
 
 
-def _ours_call(steps: Sequence[TrainStep], batch: Batch) -> None:
+def _ours_call(steps: Sequence[TrainStep], joint: JointStep | None, batch: Batch) -> None:
     new = replace(batch)  # what seeds share is remembered for a batch, not for its values
     for step in steps:
-        step(new, 1)
+        if joint is None:
+            step(new, 1)
+        else:
+            joint.lay_down(step, replace(batch), 1)
     for step in steps:
+        if joint is not None:
+            joint.collect(step)
         step.join()
+    if joint is not None and joint.failure is not None:
+        raise RuntimeError(joint.failure)
 
 
 def _plain_call(step: PlainStep, normalise: Normalise, batch: Batch) -> None:

@@ -8,7 +8,7 @@ the warm-up, so that they neither wait for another nor warn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +28,10 @@ def warm_up(call: Callable[[], object], stream: torch.cuda.Stream, steps: int) -
 
 
 def capture(
-    call: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None
+    call: Callable[[], Result],
+    stream: torch.cuda.Stream,
+    pool: Any = None,
+    generators: Sequence[torch.Generator] = (),
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Record `call` on `stream`; the graph replays on whatever stream is current.
 
@@ -36,6 +39,7 @@ def capture(
         call: Works on memory that stays where it is; `warm_up` has run it.
         stream: Not the current one.
         pool: Memory pool that graphs share which never replay side by side; None: one of its own.
+        generators: What `call` draws from beside the device's own one, each moved on by a replay.
 
     Returns:
         The graph, and what `call` returned: memory that each replay overwrites.
@@ -44,6 +48,9 @@ def capture(
         RuntimeError: `call` cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
+    if torch.__version__ < (2, 14):  # from then on a graph sees by itself what it draws from
+        for generator in generators:
+            graph.register_generator_state(generator)
     # Threads that load data may talk to the device meanwhile.
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = call()

@@ -289,6 +289,8 @@ def _notes(
             f"memory: {size(memory.peak)} without the reserve of the allocator, which {ALLOCATOR} "
             "in the environment avoids, at 2.6 times the time of a step where we measured it"
         )
+    if len(config.seeds or ()) > 1:
+        yield "memory: that of one seed; several share the frozen networks and the data alone"
     if config.loss.crd:
         yield "not counted in the FLOP of a step: CRD's products with its banks"
     if config.method != "ce" and config.teacher.weights is None and find_teacher(config) is None:

@@ -301,6 +301,11 @@ class TrainStep:
         """Runs compiled regions as they were written: for evaluation, whose shapes differ."""
         return nullcontext() if self.mode == "eager" else torch.compiler.set_stance("force_eager")
 
+    def choose_kernels_once(self, batch: Batch) -> None:
+        """`choose_kernels`, if no batch of this shape has been measured on."""
+        if batch.images.shape not in self.measured and not is_in_torch_dispatch_mode():
+            self.choose_kernels(batch)
+
     def choose_kernels(self, batch: Batch) -> None:
         """Measure, on a batch, each fused call of a step that is not known yet, and choose its
         backend; nothing of the run's state moves. Rank 0 measures, and all processes follow."""
@@ -339,10 +344,9 @@ class TrainStep:
 
     def __call__(self, batch: Batch, step: int) -> None:
         """Do step number `step` (from 0) on `batch`."""
-        if batch.images.shape not in self.measured and not is_in_torch_dispatch_mode():
-            self.choose_kernels(batch)
+        self.choose_kernels_once(batch)
         with self._own_stream(batch), self.kernels.in_force():
-            self._set_distillation(step)
+            self.set_distillation(step)
             if self.is_proven:
                 self._run(batch, step)
             else:
@@ -410,15 +414,32 @@ class TrainStep:
         """All of a step that runs on the device."""
         with span("normalise"):
             images = self.image_parts(batch)
+        self.learn(batch, images, step)
+
+    def learn(
+        self,
+        batch: Batch,
+        images: Sequence[Tensor],
+        step: int,
+        known: Sequence[FrozenOutputs | None] = (),
+    ) -> None:
+        """All of a step but the images, which are normalised.
+
+        Args:
+            batch: Its labels and sample numbers.
+            images: [B / accumulate, 3, H, W] each.
+            step: Its number.
+            known: What the frozen teacher makes of each, where it has run already.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         before = self.gate.remember()
         outputs: list[tuple[StepOutput, int]] = []
         columns = self._label_parts(batch), self._sample_parts(batch), self._place_parts(batch)
         parts = zip(images, *columns, strict=True)
-        for i, (part, labels, samples, places) in enumerate(parts, start=1):
-            with accumulating(self.replicas, is_last=i == len(images)):
+        for i, (part, labels, samples, places) in enumerate(parts):
+            with accumulating(self.replicas, is_last=i + 1 == len(images)):
                 with span("forward"), self.training_forward():
-                    frozen = self.frozen_outputs(part, *places)
+                    frozen = known[i] if known else self.frozen_outputs(part, *places)
                     output = self.replicas(part, labels, self.distillation, *samples, frozen=frozen)
                 with span("backward"):
                     share = len(labels) / len(batch.labels)
@@ -500,7 +521,7 @@ class TrainStep:
                 for param in group["params"]:
                     param.grad = None
 
-    def _set_distillation(self, step: int) -> None:
+    def set_distillation(self, step: int) -> None:
         """The warm-up factor of this step."""
         if not self.warmup_steps:
             return
@@ -608,22 +629,33 @@ class TrainStep:
         assert self.capture_stream is not None
         try:
             warm_up(lambda: self.body(self.inputs, 0), self.capture_stream, WARMUP_STEPS)
-            self._record(self.capture_stream)
+            self.graph = record_step(
+                lambda: self.body(self.inputs, 0), self.capture_stream, self.config
+            )
         finally:
             torch.cuda.synchronize(self.device)  # nothing may still look at the gate
             torch.cuda.set_rng_state(random, self.device)
             self.gate.is_open.fill_(True)
 
-    def _record(self, stream: torch.cuda.Stream) -> None:
-        """The capture itself.
 
-        Raises:
-            UsageError: It failed; what the allocator then holds rules out going on in this process.
-        """
-        try:
-            self.graph, _ = capture(lambda: self.body(self.inputs, 0), stream)
-        except RuntimeError as error:
-            raise UsageError(
-                f"step.mode={self.config.step.mode!r}: a step cannot be captured as a CUDA graph "
-                f"here ({first_line(error)}): expected --step.mode compile or eager"
-            ) from error
+def record_step(
+    call: Callable[[], None],
+    stream: torch.cuda.Stream,
+    config: RunConfig,
+    generators: Sequence[torch.Generator] = (),
+) -> torch.cuda.CUDAGraph:
+    """The capture of a step; arguments as of `capture`.
+
+    Raises:
+        OutOfMemoryError: It does not fit.
+        UsageError: It failed; what the allocator then holds rules out going on in this process.
+    """
+    try:
+        return capture(call, stream, generators=generators)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UsageError(
+            f"step.mode={config.step.mode!r}: a step cannot be captured as a CUDA graph here "
+            f"({first_line(error)}): expected --step.mode compile or eager"
+        ) from error

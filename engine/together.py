@@ -2,9 +2,9 @@
 
 Shared are the data set, the frozen teacher's weights and, between runs whose sample order is the
 same (`data.order_seed`), each batch, its normalised images and what the frozen teacher makes of
-them. On a CPU every run ends with the bits that it would have had alone. On a GPU the runs of mode
-`graph` replay their steps on streams of their own, so that one fills what another leaves idle;
-there each graph computes the teacher for itself.
+them. On a CPU every run ends with the bits that it would have had alone. On a GPU the steps of runs
+of mode `graph` are one graph (joint_step.py), in which the teacher runs once on the batches of all;
+where there is none, or no room for that, each run replays a graph of its own beside the others'.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .explain import EVALUATION, explained
 from .files import save_file, write_atomically
+from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
 from .machine import check_machine, check_sizes, prepare_torch
 from .memory import available_bytes
@@ -254,11 +255,11 @@ def share(runs: Sequence[Pending]) -> None:
     new = [run.trainer.step for run in runs if run.checkpoint is None]
     for step in new:
         step.kernels = new[0].kernels  # the first one measures; what is resumed has its own
+    joint = join([run.trainer.step for run in runs])
     for run in runs:
         trainer = run.trainer
-        trainer.method.share_teacher(runs[0].trainer.method)
+        trainer.joint = joint
         trainer.share_logits(runs[0].trainer)
-        trainer.step.run_beside_others()
         start = 0 if run.checkpoint is None else run.checkpoint.step
         first = groups.setdefault((trainer.batches.seed, start), trainer)
         if first is trainer:
@@ -321,6 +322,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.watchdog = Watchdog(world.rank, lambda phase: self.log.beat(phase))
         self.progress = Progress()
+        self.joint: JointStep | None = None
         self.stretch: Stretch | None = None
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
@@ -504,7 +506,10 @@ class Trainer:
         batches = iter(self.batches.epoch(epoch, done_in_epoch))
         while (batch := self.next_batch(batches)) is not None:
             with self.phase_of_step():
-                self.step(batch, progress.step)
+                if turn_is_over := self.joint is not None:
+                    yield from self.joint_step(batch)
+                else:
+                    self.step(batch, progress.step)
                 progress.step += 1
                 self.stop.wants_save |= self.is_time_to_save()
                 self.stop.after_step()
@@ -518,9 +523,8 @@ class Trainer:
                 self.check_streak(self.step.glance())
             if self.saves_within_epoch():
                 self.save()
-            paused = time.monotonic()
-            yield
-            self.stretch.started += time.monotonic() - paused  # the turns of other runs
+            if not turn_is_over:
+                yield from self.turns_of_others()
             if line.due():
                 self.step.join()
                 means = self.step.meter.read(config.has_prompt_path, own=True)
@@ -533,6 +537,26 @@ class Trainer:
         seconds = now.seconds - progress.seconds
         progress.seconds, progress.replaced = now.seconds, now.replaced
         progress.speeds.append((progress.step - first) * config.global_batch / max(seconds, 1e-9))
+
+    def turns_of_others(self) -> Iterator[None]:
+        """What they take is not this run's time."""
+        assert self.stretch is not None
+        paused = time.monotonic()
+        yield
+        self.stretch.started += time.monotonic() - paused
+
+    def joint_step(self, batch: Batch) -> Iterator[None]:
+        """A step together with the others' runs: done when this run's turn comes again."""
+        assert self.joint is not None
+        self.joint.lay_down(self.step, batch, self.progress.step)
+        yield from self.turns_of_others()
+        self.joint.collect(self.step)
+        if not self.joint.is_over:
+            return
+        if self.joint.failure is not None:
+            self.log.warn("fallback", self.joint.failure, self.progress.step)
+            self.joint.failure = None
+        self.joint = None
 
     def with_stretch(self) -> Progress:
         """The progress, with what belongs to the steps under way."""

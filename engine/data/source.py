@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +61,47 @@ class Batch:
 
     def copy_(self, other: Batch) -> None:
         """Overwrite every tensor with that of `other`, of the same shapes."""
-        for name in (f.name for f in fields(self)):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if name == "crop" and mine is not None:
-                mine, theirs = mine[1], theirs[1]
-            if mine is not None:
-                mine.copy_(theirs, non_blocking=True)
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs, non_blocking=True)
+
+    @staticmethod
+    def copy_all_(targets: Sequence[Batch], sources: Sequence[Batch]) -> None:
+        """`copy_` for many batches, in one call for each kind of tensor."""
+        columns = (zip(*(b.tensors() for b in found), strict=True) for found in (targets, sources))
+        for mine, theirs in zip(*columns, strict=True):
+            torch._foreach_copy_(mine, theirs, non_blocking=True)
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """The images of all as one batch, in memory of its own."""
+        columns = zip(*(batch.tensors() for batch in batches), strict=True)
+        return batches[0]._with(map(torch.cat, columns))
+
+    def chunk(self, parts: int) -> list[Batch]:
+        """Views of so many equal parts."""
+        rows = zip(*(tensor.chunk(parts) for tensor in self.tensors()), strict=True)
+        return [self._with(row) for row in rows]
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that `stream` reads the batch."""
         self._map(lambda tensor: tensor.record_stream(stream))
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, in the order of its fields."""
+        offsets = None if self.crop is None else self.crop[1]
+        values = (self.images, self.labels, offsets, self.flip, self.indices)
+        return [value for value in values if value is not None]
+
     def _map(self, function: Any) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.crop is not None:
-            values["crop"] = (self.crop[0], function(self.crop[1]))
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                values[name] = function(value)
-        return Batch(**values)
+        return self._with(map(function, self.tensors()))
+
+    def _with(self, tensors: Iterable[Tensor]) -> Batch:
+        """Other tensors in the places of its own, in the order of `tensors`."""
+        new = iter(tensors)
+        images, labels = next(new), next(new)
+        crop = None if self.crop is None else (self.crop[0], next(new))
+        flip = None if self.flip is None else next(new)
+        return Batch(images, labels, crop, flip, next(new))
 
 
 class Split:

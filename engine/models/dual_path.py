@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,6 +44,20 @@ class FrozenOutputs(NamedTuple):
     the images); None where there is no prompt path."""
     logits: Tensor
     """[B, num_classes]."""
+
+    @staticmethod
+    def joined(parts: Sequence[FrozenOutputs]) -> FrozenOutputs:
+        """Those of several batches, one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        shared = [part.shared for part in parts if part.shared is not None]
+        logits = torch.cat([part.logits for part in parts])
+        return FrozenOutputs(torch.cat(shared) if shared else None, logits)
+
+    def chunk(self, parts: int) -> list[FrozenOutputs]:
+        """Those of so many equal parts of the batch: views."""
+        shared = [None] * parts if self.shared is None else self.shared.chunk(parts)
+        return [FrozenOutputs(*pair) for pair in zip(shared, self.logits.chunk(parts), strict=True)]
 
 
 class Trunk(nn.Module):

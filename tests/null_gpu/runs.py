@@ -26,6 +26,7 @@ from steps import Case, compiling_by, configuration, pairs_by
 from dfptkd.engine.config import TeacherConfig
 from dfptkd.engine.data import Batch
 from dfptkd.engine.errors import Stopped
+from dfptkd.engine.joint_step import JointStep, Part
 from dfptkd.engine.metrics import EpochMeter
 from dfptkd.engine.models import create_model
 from dfptkd.engine.step import TrainStep
@@ -68,6 +69,8 @@ class Report:
     warnings: dict[str, int] = field(default_factory=dict)
     shared_workspaces: int = 0
     """Of the graphs that two seeds' steps replay."""
+    joint_workspaces: list[int] = field(default_factory=list)
+    """How many each graph of several seeds' steps has."""
 
 
 def watch(report: Report, options: Options) -> list[TrainStep]:
@@ -78,6 +81,7 @@ def watch(report: Report, options: Options) -> list[TrainStep]:
 
     def init(self: TrainStep, *args: Any, **kwargs: Any) -> None:
         own_init(self, *args, **kwargs)
+        self.workspaces = set()  # type: ignore[attr-defined]
         built.append(self)
 
     def call(self: TrainStep, batch: Batch, step: int) -> None:
@@ -93,6 +97,17 @@ def watch(report: Report, options: Options) -> list[TrainStep]:
         if step == options.stop_at and not report.stopped:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def do_all(self: JointStep, parts: list[Part]) -> None:
+        captures, before = null_device.captures(), null_device.counts()
+        own_run(self, parts)
+        own = range(captures, null_device.captures())
+        report.joint_workspaces += [len(null_device.workspaces(i)) for i in own]
+        if not own:
+            after = null_device.since(before)
+            report.waits += after["syncs"] + after["pageable"]
+
+    own_run = JointStep._run
+    JointStep._run = do_all  # type: ignore[method-assign]
     TrainStep.__init__, TrainStep.__call__ = init, call  # type: ignore[method-assign]
     return built
 
@@ -101,11 +116,17 @@ def count_images() -> None:
     """From now on an epoch's meter says how many images it was given: a run takes the zero that it
     reads back for an epoch without a single finite step."""
     own_call, own_read, own_reset = TrainStep.__call__, EpochMeter.num_images, EpochMeter.reset
+    own_run = JointStep._run
     given: Counter[int] = Counter()
 
     def call(self: TrainStep, batch: Batch, step: int) -> None:
         own_call(self, batch, step)
         given[id(self.meter)] += len(batch.labels)
+
+    def do_all(self: JointStep, parts: list[Part]) -> None:
+        own_run(self, parts)
+        for part in parts:
+            given[id(part.step.meter)] += len(part.batch.labels)
 
     def num_images(self: EpochMeter) -> int:
         own_read(self)
@@ -115,7 +136,7 @@ def count_images() -> None:
         own_reset(self)
         given[id(self)] = 0
 
-    TrainStep.__call__ = call  # type: ignore[method-assign]
+    TrainStep.__call__, JointStep._run = call, do_all  # type: ignore[method-assign]
     EpochMeter.num_images, EpochMeter.reset = num_images, reset  # type: ignore[method-assign]
 
 

@@ -213,10 +213,10 @@ def pairs_by(backend: str) -> Iterator[None]:
     """Steps inside leave pairs of prompt and fusion block to eager PyTorch, unless it is triton."""
     own = KernelChoices._find
 
-    def find(self: KernelChoices, site: Site, call: Call) -> Choice:
+    def find(self: KernelChoices, site: Site, call: Call, wanted: str | None) -> Choice:
         if site.operation == "prompt_pair":
             return Choice(site, 0, "reference", "too long to compile for a test", {})
-        return own(self, site, call)
+        return own(self, site, call, wanted)
 
     if backend == "reference":
         KernelChoices._find = find  # type: ignore[method-assign]

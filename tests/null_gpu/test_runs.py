@@ -49,8 +49,11 @@ def test_two_seeds_side_by_side(report, tmp_path, mode, backend):
     found = report(mode=mode, backend=backend, seeds=[0, 1], changes=changes)
     assert found["modes"] == [mode, mode]
     assert found["steps"] == [32, 32]
-    # a graph for the steps of each seed, and for its student, its average and its prompt path
-    assert found["captures"] == (8 if mode == "graph" else 0)
+    # a graph for the steps of both, and one for each seed's student, average and prompt path
+    assert found["captures"] == (7 if mode == "graph" else 0)
+    # One of the frozen teacher; of each seed one for each thread, forward and backward, and none of
+    # another's: their branches run side by side.
+    assert found["joint_workspaces"] == ([5] if mode == "graph" else [])
     for seed in (0, 1):
         folder = tmp_path / "runs" / "0" / f"custom-dfpt-seed{seed}"
         assert (folder / "student.safetensors").is_file()
