@@ -263,7 +263,8 @@ class MemoryModel:
                 lambda n: network(normalise(batches[n].clone())), TRACED, self.device
             )
 
-        with torch.no_grad(), eval_mode(method), step.autocast():
+        in_force = step.kernels.in_force()
+        with torch.no_grad(), eval_mode(method), step.autocast(), in_force:
             found = [trace(network) for network in networks]
         images = min(self.config.eval_batch, self.facts.test_images)
         return max(found, key=lambda growth: growth.peak(images))
@@ -292,7 +293,7 @@ class MemoryModel:
         method = step.method
 
         def forward() -> Tensor:
-            with step.autocast():
+            with step.autocast(), step.kernels.in_force():
                 return method(normalised, batch.labels, 1.0, *step.samples(batch.indices)).total
 
         return kept_bytes(forward, [*method.parameters(), *method.buffers()])
