@@ -310,7 +310,7 @@ class TrainStep:
         """Measure, on a batch, each fused call of a step that is not known yet, and choose its
         backend; nothing of the run's state moves. Rank 0 measures, and all processes follow."""
         self.measured.add(batch.images.shape)
-        if self.config.kernels == "reference":
+        if self.kernels.asked == "reference":
             return
         before = self.gate.remember()
         if not self.world.is_main and self.config.step.sync_bn:  # rank 0's BatchNorms wait for it

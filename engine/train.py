@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.backend import fast_backend, unavailable
 from .alarms import (
     fusion_warning,
     loss_spike,
@@ -661,7 +662,17 @@ class Trainer:
         if record is None:  # of a version that recorded none
             return
         if asked != "auto":
-            self.kernel_note = f"kernels={asked}, whatever {checkpoint.path} was made with"
+            if checkpoint.state["config"].get("kernels") != asked:
+                self.kernel_note = f"kernels={asked}, whatever {checkpoint.path} was made with"
+            return
+        if not record:  # nothing was measured: the reference was asked for, or all that there was
+            self.step.kernels.asked = "reference"
+            fast = fast_backend(self.device.type)
+            if fast is not None and unavailable(fast) is None:
+                self.kernel_note = (
+                    f"{checkpoint.path}: made with the reference alone, which serves on "
+                    f"(--kernels {fast} changes that)"
+                )
             return
         try:
             self.step.kernels.adopt(record)

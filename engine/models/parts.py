@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ...kernels.backend import in_force
 from ...kernels.dual_path_loss import upcast
 
 
@@ -81,13 +82,14 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 class Remembered:
     """A function that knows its last call: asked with the same first argument again, the same
-    object and not an equal one, it gives the same result again."""
+    object and not an equal one, by the same kernels, it gives the same result again."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
-        self._last: tuple[Any, Any] = (None, None)
+        self._last: tuple[Any, Any, Any] = (None, None, None)
 
     def __call__(self, argument: Any, *others: Any) -> Any:
-        if self._last[0] is not argument:
-            self._last = (argument, self.function(argument, *others))
-        return self._last[1]
+        kernels = in_force()
+        if self._last[0] is not argument or self._last[1] != kernels:
+            self._last = (argument, kernels, self.function(argument, *others))
+        return self._last[2]

@@ -615,6 +615,34 @@ def test_on_resume_the_record_binds(teacher, tmp_path, native_wins, monkeypatch,
     assert same(student_of(whole.out), student_of(result.out))
 
 
+def test_on_resume_the_reference_binds_too(teacher, tmp_path, native_wins, capsys):
+    by_reference = run(make_config(teacher, tmp_path / "whole", kernels="reference"))
+    part = make_config(teacher, tmp_path / "part", kernels="reference")
+    for steps in (1, 2):
+        run(replace(part, max_steps=steps))
+    assert "kernels=reference" not in capsys.readouterr().out  # nothing has changed
+    result = run(replace(part, kernels="auto"))
+    assert recorded(result.out) == []
+    assert "made with the reference alone" in events(result.out)["kernels"][-2]
+    assert same(student_of(by_reference.out), student_of(result.out))
+
+
+def test_seeds_that_share_a_batch_but_no_kernels_have_their_own_bits(
+    teacher, tmp_path, native_wins
+):
+    ends = []
+    for seeds in [[(0,), (1,)], [(0, 1)]]:
+        config = replace(
+            make_config(teacher, "", out_root=str(tmp_path / f"{len(ends)}")), out=None
+        )
+        config = replace(config, data=replace(config.data, order_seed=5))
+        run(replace(config, seed=0, max_steps=1, kernels="native"))
+        run(replace(config, seed=1, max_steps=1, kernels="reference"))
+        results = [result for some in seeds for result in run_seeds(replace(config, seeds=some))]
+        ends.append([student_of(result.out) for result in results])
+    assert all(same(alone, together) for alone, together in zip(*ends, strict=True))
+
+
 def test_a_backend_that_is_gone_is_named_and_can_be_done_without(
     teacher, tmp_path, native_wins, monkeypatch
 ):
