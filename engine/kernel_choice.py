@@ -72,6 +72,9 @@ class KernelChoices:
         mode: eager, compile or graph: how the run executes its steps.
         options: Of `torch.compile`, as the run has them.
         warn: Gets a line if the cache is damaged.
+
+    Raises:
+        ValueError: What is asked for is unknown.
     """
 
     def __init__(
@@ -81,6 +84,9 @@ class KernelChoices:
         options: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
+        if asked not in ("auto", *backend.BACKENDS):
+            expected = ", ".join(("auto", *backend.BACKENDS))
+            raise ValueError(f"unknown backend {asked!r}: expected one of {expected}")
         self.asked, self.mode, self.options = asked, mode, dict(options or {})
         self.cache = KernelCache(mode, warn)
         self.table: dict[Site, Choice] = {}
@@ -164,7 +170,7 @@ class KernelChoices:
             return self.table[site].backend
         wanted = backend.fast_backend(site.device) if self.asked == "auto" else self.asked
         if wanted is None or backend.refusal(wanted, site.operation, site.device, site.dtype):
-            backend.log_fallback(site.operation, site.device, site.dtype)
+            backend.log_fallback(site.operation, site.device, site.dtype, wanted)
             return "reference"  # there is nothing to choose
         self.table[site] = self._find(site, call, wanted)
         return self.table[site].backend
@@ -221,6 +227,9 @@ def measured_kernels(
 
     Yields:
         The choices made so far.
+
+    Raises:
+        ValueError: `kernels` is none of the four.
     """
     found = KernelChoices(kernels) if choices is None else choices
     with found.deciding():

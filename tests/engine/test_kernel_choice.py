@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +353,32 @@ def test_measured_kernels_serve_a_loop_of_ones_own(native_wins):
     with use_backend("native"):
         assert torch.equal(call_conv(), first)
     assert not torch.equal(call_conv(), first)  # by itself it takes PyTorch's own
+
+
+def test_an_unknown_backend_is_refused_and_one_that_cannot_serve_is_named(caplog):
+    for name in ("cuda", "Native", "", None):
+        with pytest.raises(ValueError, match="expected one of auto, reference, native, triton"):
+            measured_kernels(name).__enter__()
+    backend._log_fallback_once.cache_clear()
+    with measured_kernels("triton") as kernels:
+        call_relu()
+    assert kernels.choices == {}
+    (line,) = caplog.messages
+    assert (
+        line == "frozen_relu: triton does not run on cpu tensors; the reference serves it, slower"
+    )
+
+
+def test_a_user_without_a_home_folder_measures_every_time(native_wins, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", kernel_cache.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backend.Path, "home", no_home)
+    assert backend.cache_folder() == Path("/nonexistent/.cache/dfptkd")
+    monkeypatch.setattr(backend, "cache_folder", lambda: Path("/proc/none"))
+    assert choose("frozen_relu").backend == "native"
 
 
 # Remembered ---------------------------------------------------------------------------------------
