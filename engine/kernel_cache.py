@@ -140,6 +140,16 @@ class Choice:
         is_wrong = found is not None and found.is_comparison and not found.holds
         return is_wrong or bool(self.median_us)
 
+    @property
+    def complaint(self) -> str:
+        """That a fused backend cannot serve here, and why, for people; empty where it can."""
+        found = self.certificate
+        if found is None or found.holds:
+            return ""
+        said = "is not right" if found.is_comparison else "could not be compared"
+        rounding = "" if found.failure else ", more than rounding"
+        return f"{self}: {found.backend} {said} here: {found}{rounding}: the reference serves it"
+
     def __str__(self) -> str:
         """The site, for people."""
         shape = "x".join(map(str, self.site.shape))

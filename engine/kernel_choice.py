@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ RUN_SECONDS = 6.0  # and until a run's measuring took so long
 # What stands in a compiled region of a step; a convolution there is called as it is here.
 _IN_REGIONS = ("prompt_pair", "frozen_relu", "dual_path_loss", "distillation_loss")
 _numbers = itertools.count()
+_log = logging.getLogger(__name__)
 
 
 class KernelChoices:
@@ -218,7 +220,8 @@ def measured_kernels(
                 loss.backward()
 
     What is compiled cannot be measured while it runs: let one step run uncompiled inside, and put
-    what it found in force around the compiled ones by `kernels.in_force()`.
+    what it found in force around the compiled ones by `kernels.in_force()`. A kernel that is wrong
+    on this machine is logged as a warning at the end.
 
     Args:
         kernels: auto, reference, native or triton, as `--kernels`.
@@ -232,8 +235,14 @@ def measured_kernels(
         ValueError: `kernels` is none of the four.
     """
     found = KernelChoices(kernels) if choices is None else choices
-    with found.deciding():
-        yield found
+    before = set(found.table)
+    try:
+        with found.deciding():
+            yield found
+    finally:
+        for site, choice in found.table.items():
+            if site not in before and choice.complaint:
+                _log.warning("%s", choice.complaint)
 
 
 def check_kernels(asked: str, device: torch.device) -> None:

@@ -648,14 +648,8 @@ class Trainer:
         self.log.event("kernels", kernels.summary(), number)
         for choice in new:
             certificate = choice.certificate
-            if certificate is not None and not certificate.holds:
-                found = "is not right" if certificate.is_comparison else "could not be compared"
-                rounding = "" if certificate.failure else ", more than rounding"
-                warning = (
-                    f"{choice}: {certificate.backend} {found} here: {certificate}{rounding}: the "
-                    "reference serves it"
-                )
-                self.log.warn("certificate_failed", warning, number)
+            if choice.complaint:
+                self.log.warn("certificate_failed", choice.complaint, number)
             elif certificate is not None and choice.site.operation == self.method.operation:
                 said = f"loss[{certificate.backend}] on the first batch: {certificate}"
                 self.log.event("certificate", said, number)

@@ -22,6 +22,7 @@ from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from dfptkd.engine.doctor import newer_than_tested, run_doctor
 from dfptkd.engine.errors import DataError, UsageError
+from dfptkd.engine.evaluate import evaluate_checkpoint
 from dfptkd.engine.kernel_cache import Choice, KernelCache
 from dfptkd.engine.kernel_choice import KernelChoices, check_kernels, measured_kernels
 from dfptkd.engine.models import PromptFusion, create_model
@@ -663,6 +664,15 @@ def test_a_run_with_a_wrong_kernel_falls_back_and_says_so(
     assert backends == {"reference"}
     again = run(make_config(teacher, tmp_path / "again"))
     assert len(events(again.out)["certificate_failed"]) == len(warnings)  # from the cache, too
+
+
+def test_eval_compares_too(teacher, tmp_path, native_wins, monkeypatch, caplog):
+    trained = run(make_config(teacher, tmp_path / "run"))
+    spoil(monkeypatch, "normalize_images", lambda t: -t)
+    found = evaluate_checkpoint(trained.out, device="cpu")
+    assert found.top1 == found.logged
+    (line,) = caplog.messages
+    assert line.startswith("normalize_images float32 16x16: native is not right here: output 0")
 
 
 def test_what_is_met_when_the_images_have_grown_is_on_record_and_said_too(
