@@ -80,7 +80,7 @@ def read_benchmarks(path: Path) -> Benchmarks:
             )
             for found in content["benchmarks"]
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: expected {expected}: {type(error).__name__}: {error}") from None
     if not all(0 < s.q1 <= s.median <= s.q3 < float("inf") for s in spreads.values()):
         raise DataError(f"{path}: expected {expected}: times that are not in order, or not above 0")

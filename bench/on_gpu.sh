@@ -14,7 +14,7 @@
 # The last line says what ran, failed and was cut.
 #
 # Exit codes: 0 all ran; 1 a step failed; 124 none failed, but time was up for some; 2 usage; 3 data;
-# of study its own.
+# 5 OUT cannot be written; of study its own.
 #
 # PYTHON   interpreter                     LIMIT      most seconds of a step
 # BUDGET   seconds for all of it           OPERATORS  of first: those that are checked (all)
@@ -77,7 +77,7 @@ most=240
 slow=${SLOW:-1}
 end=$((SECONDS + ${BUDGET:-$most} * slow))
 log=$out/$part.txt
-: > "$log"
+: > "$log" || exit 5
 
 # The repository root is the package: a link makes it importable under its name.
 path=$(mktemp -d)

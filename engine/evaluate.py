@@ -12,6 +12,7 @@ from .config import RunConfig, from_dict
 from .data import load_data
 from .errors import DataError
 from .export import read_source
+from .kernel_choice import measured_kernels
 from .machine import pick_device
 from .metrics import evaluate
 
@@ -73,7 +74,8 @@ def evaluate_checkpoint(
             f"{data.name} has {data.num_classes}: expected the run's own data set"
         )
     model = source.model().to(device=where, memory_format=torch.channels_last)  # type: ignore
-    accuracy = evaluate(model, data, batch_size=batch_size, workers=config.data.workers)
+    with measured_kernels():  # as in a run, nothing fused serves that was not compared
+        accuracy = evaluate(model, data, batch_size=batch_size, workers=config.data.workers)
     return EvalResult(
         config.student,
         data.name,

@@ -1,7 +1,8 @@
 """What was measured on this machine: choices of backends in a file of the user's cache folder.
 
 One JSON file for all machines that share the folder. An entry counts only where device, driver,
-versions, threads and the sources of `kernels/` are those that it was measured with.
+versions, threads, the sources of `kernels/` and the native library built from them are those that
+it was measured with.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Certificate:
     """Of eager PyTorch, likewise."""
     failure: str = ""
     """Why there is nothing to compare, or no use in it."""
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether it could be compared at all."""
+        return self.tensor != ""
 
     def __str__(self) -> str:
         if self.failure:
@@ -103,13 +109,46 @@ class Choice:
                 {name: float(median) for name, median in values["median_us"].items()},
                 None if certificate is None else Certificate(**certificate),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"no choice of a backend: {first_line(error)}") from error
         names = (*OPERATIONS, *COMPOSITES)
         is_known = site.operation in names and found.backend in BACKENDS
-        if not is_known or not isinstance(site.dtype, torch.dtype):
+        if not is_known or not found._has_sound_types():
             raise ValueError(f"no choice of a backend: {site.operation} by {found.backend}")
         return found
+
+    def _has_sound_types(self) -> bool:
+        site, certificate = self.site, self.certificate
+        parts = [
+            isinstance(site.dtype, torch.dtype),
+            all(type(n) is int for n in (self.images, *site.shape)),
+            all(isinstance(o, (str, int, float)) for o in site.options),
+            isinstance(self.why, str),
+        ]
+        if certificate is not None:
+            texts = certificate.backend, certificate.tensor, certificate.failure
+            errors = certificate.error, certificate.eager_error
+            parts += [isinstance(text, str) for text in texts]
+            parts += [isinstance(error, (int, float)) for error in errors]
+            parts.append(isinstance(certificate.holds, bool))
+        return all(parts)
+
+    @property
+    def is_conclusive(self) -> bool:
+        """Whether medians or wrong values speak for it, not a lack of memory or of a compiler."""
+        found = self.certificate
+        is_wrong = found is not None and found.is_comparison and not found.holds
+        return is_wrong or bool(self.median_us)
+
+    @property
+    def complaint(self) -> str:
+        """That a fused backend cannot serve here, and why, for people; empty where it can."""
+        found = self.certificate
+        if found is None or found.holds:
+            return ""
+        said = "is not right" if found.is_comparison else "could not be compared"
+        rounding = "" if found.failure else ", more than rounding"
+        return f"{self}: {found.backend} {said} here: {found}{rounding}: the reference serves it"
 
     def __str__(self) -> str:
         """The site, for people."""
@@ -141,15 +180,19 @@ class KernelCache:
             self._known = self._read()
         machine = _digest(describe_machine(site.device))
         entries = self._known["machines"].get(machine, {}).get("choices", {})
-        values = entries.get(self._key(site, images))
+        values = entries.get(_key(self.mode, site, images))
         return None if values is None else Choice.from_json(values)
 
     def settle(self, choice: Choice) -> Choice:
         """Writes a choice down, or takes over the one that another process has written meanwhile.
 
-        A file that cannot be written is no error: the next run measures again.
+        A choice that is not conclusive is left to the next run, which may have the memory or the
+        compiler. A file that cannot be written is no error: the next run measures again.
         """
-        machine, key = describe_machine(choice.site.device), self._key(choice.site, choice.images)
+        if not choice.is_conclusive:
+            return choice
+        machine = describe_machine(choice.site.device)
+        key = _key(self.mode, choice.site, choice.images)
         with suppress(OSError, StorageError), self._locked():
             whole = self._read()
             own = whole["machines"].setdefault(_digest(machine), {"machine": machine})
@@ -166,20 +209,14 @@ class KernelCache:
         found = self._read()["machines"].get(_digest(describe_machine(device)), {})
         return [(v["mode"], Choice.from_json(v)) for v in found.get("choices", {}).values()]
 
-    def _key(self, site: Site, images: int) -> str:
-        values = Choice(site, images, "", "", {}).to_json()
-        names = ("operation", "device", "dtype", "shape", "options")
-        return json.dumps([self.mode, images, *(values[name] for name in names)])
-
     def _read(self) -> dict[str, Any]:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']!r}, expected {FORMAT!r}")
             for machine in found["machines"].values():
-                for values in machine["choices"].values():
-                    Choice.from_json(values)
-                    str(values["mode"])
+                for key, values in machine["choices"].items():
+                    _check(key, values)
             return found
         except FileNotFoundError:
             pass
@@ -202,6 +239,24 @@ class KernelCache:
             yield
 
 
+def _key(mode: str, site: Site, images: int) -> str:
+    values = Choice(site, images, "", "", {}).to_json()
+    names = ("operation", "device", "dtype", "shape", "options")
+    return json.dumps([mode, images, *(values[name] for name in names)])
+
+
+def _check(key: str, values: dict[str, Any]) -> None:
+    """Raises ValueError where an entry is none, stands under the key of another call, or has a
+    backend serve that does not run there or was not found right."""
+    choice = Choice.from_json(values)
+    if key != _key(values["mode"], choice.site, choice.images):
+        raise ValueError(f"{choice} under the key of another call")
+    if choice.backend != "reference":
+        is_fast = choice.backend == backend.fast_backend(choice.site.device)
+        if not is_fast or choice.certificate is None or not choice.certificate.holds:
+            raise ValueError(f"{choice} by {choice.backend}, which cannot have been chosen")
+
+
 def cache_path() -> Path:
     """The user's file: DFPTKD_KERNEL_CACHE, or beside the native library in the cache folder."""
     named = os.environ.get(VARIABLE)
@@ -211,6 +266,8 @@ def cache_path() -> Path:
 def describe_machine(device: str) -> dict[str, Any]:
     """What a measurement on this type of device holds for."""
     about = {**_describe_device(device), "threads": torch.get_num_threads()}
+    if device == "cpu":
+        about["library"] = _digest_of_library(backend.library_path())
     return about | {"torch": torch.__version__, "kernels": _digest_of_kernels()}
 
 
@@ -248,3 +305,12 @@ def _digest_of_kernels() -> str:
     folder = Path(backend.__file__).parent
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
+
+
+@functools.cache
+def _digest_of_library(path: Path | None) -> str:
+    """Names the native library itself: it may be older than the sources, or built anew."""
+    try:
+        return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError:  # nor can it be loaded
+        return ""

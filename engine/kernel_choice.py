@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ RUN_SECONDS = 6.0  # and until a run's measuring took so long
 # What stands in a compiled region of a step; a convolution there is called as it is here.
 _IN_REGIONS = ("prompt_pair", "frozen_relu", "dual_path_loss", "distillation_loss")
 _numbers = itertools.count()
+_log = logging.getLogger(__name__)
 
 
 class KernelChoices:
@@ -72,6 +74,9 @@ class KernelChoices:
         mode: eager, compile or graph: how the run executes its steps.
         options: Of `torch.compile`, as the run has them.
         warn: Gets a line if the cache is damaged.
+
+    Raises:
+        ValueError: What is asked for is unknown.
     """
 
     def __init__(
@@ -81,6 +86,9 @@ class KernelChoices:
         options: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
+        if asked not in ("auto", *backend.BACKENDS):
+            expected = ", ".join(("auto", *backend.BACKENDS))
+            raise ValueError(f"unknown backend {asked!r}: expected one of {expected}")
         self.asked, self.mode, self.options = asked, mode, dict(options or {})
         self.cache = KernelCache(mode, warn)
         self.table: dict[Site, Choice] = {}
@@ -164,7 +172,7 @@ class KernelChoices:
             return self.table[site].backend
         wanted = backend.fast_backend(site.device) if self.asked == "auto" else self.asked
         if wanted is None or backend.refusal(wanted, site.operation, site.device, site.dtype):
-            backend.log_fallback(site.operation, site.device, site.dtype)
+            backend.log_fallback(site.operation, site.device, site.dtype, wanted)
             return "reference"  # there is nothing to choose
         self.table[site] = self._find(site, call, wanted)
         return self.table[site].backend
@@ -212,7 +220,8 @@ def measured_kernels(
                 loss.backward()
 
     What is compiled cannot be measured while it runs: let one step run uncompiled inside, and put
-    what it found in force around the compiled ones by `kernels.in_force()`.
+    what it found in force around the compiled ones by `kernels.in_force()`. A kernel that is wrong
+    on this machine is logged as a warning at the end.
 
     Args:
         kernels: auto, reference, native or triton, as `--kernels`.
@@ -221,10 +230,19 @@ def measured_kernels(
 
     Yields:
         The choices made so far.
+
+    Raises:
+        ValueError: `kernels` is none of the four.
     """
     found = KernelChoices(kernels) if choices is None else choices
-    with found.deciding():
-        yield found
+    before = set(found.table)
+    try:
+        with found.deciding():
+            yield found
+    finally:
+        for site, choice in found.table.items():
+            if site not in before and choice.complaint:
+                _log.warning("%s", choice.complaint)
 
 
 def check_kernels(asked: str, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.backend import fast_backend, unavailable
+from ..kernels.backend import Site, fast_backend, unavailable
 from .alarms import (
     fusion_warning,
     loss_spike,
@@ -331,6 +331,8 @@ class Trainer:
         self.alarmed = False
         self.logits: TeacherLogits | None = None
         self.kernel_note: str | None = None
+        self.noted_kernels: set[Site] = set()
+        self.record: dict[str, Any] = {}
         self.saved_step: int | None = None
         self.save_asked = False
 
@@ -411,6 +413,7 @@ class Trainer:
 
     def work(self, record: dict[str, Any]) -> Iterator[None]:
         """All that is done before the student is finished, or the run is stopped and saved."""
+        self.record = record
         try:
             self.method.train()
             with self.watchdog.phase("measuring the teacher"):
@@ -521,6 +524,10 @@ class Trainer:
                 self.log.warn("fallback", self.step.fallback, progress.step)
                 self.evaluator.captured = False
                 self.step.fallback = None
+            if self.step.kernels.table.keys() != self.noted_kernels:  # images that have grown
+                self.note_kernels(self.record)
+                with suppress(StorageError):  # the checkpoints have them too
+                    self.log.record(self.record)
             if self.step.remembers and self.logits is not None:
                 self.logits.open(self.step, batch, self.log)
             if progress.step % GLANCE_STEPS == 0:
@@ -635,19 +642,22 @@ class Trainer:
         assert batch is not None
         with self.watchdog.phase("choosing kernels"):
             self.step.choose_kernels(batch)
-        record["kernels"] = kernels.record()
         took = kernels.measured_s - before
         if took:
             self.log.say(f"{kernels.summary()}; measured on the first batch in {took:.1f} s")
+        self.note_kernels(record)
+
+    def note_kernels(self, record: dict[str, Any]) -> None:
+        """Put the choices of kernels on record, and say of the new ones which are wrong here."""
+        kernels, number = self.step.kernels, self.progress.step
+        new = [c for site, c in kernels.table.items() if site not in self.noted_kernels]
+        self.noted_kernels |= kernels.table.keys()
+        record["kernels"] = kernels.record()
         self.log.event("kernels", kernels.summary(), number)
-        for choice in kernels.table.values():
+        for choice in new:
             certificate = choice.certificate
-            if certificate is not None and not certificate.holds:
-                warning = (
-                    f"{choice}: {certificate.backend} is not right here: {certificate}, more than "
-                    "rounding: the reference serves it"
-                )
-                self.log.warn("certificate_failed", warning, number)
+            if choice.complaint:
+                self.log.warn("certificate_failed", choice.complaint, number)
             elif certificate is not None and choice.site.operation == self.method.operation:
                 said = f"loss[{certificate.backend}] on the first batch: {certificate}"
                 self.log.event("certificate", said, number)

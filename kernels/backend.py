@@ -278,7 +278,11 @@ def unavailable(backend: str) -> str | None:
 
 def cache_folder() -> Path:
     """Where this user's programs may leave what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfptkd"
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(named or Path.home() / ".cache") / "dfptkd"
+    except RuntimeError:  # a user without a home folder, as in some containers: nothing is kept
+        return Path("/nonexistent/.cache/dfptkd")
 
 
 def library_candidates() -> tuple[Path, Path]:
@@ -409,9 +413,10 @@ def _log_fallback_once(what: str, reason: str) -> None:
     _log.warning("%s: %s; the reference serves it, slower", what, reason)
 
 
-def log_fallback(operation: str, device: str, dtype: torch.dtype) -> None:
-    """Says once why an operation that has a fast backend for this device cannot take it."""
-    fast = _AUTOMATIC.get(device)
+def log_fallback(operation: str, device: str, dtype: torch.dtype, asked: str | None = None) -> None:
+    """Says once why an operation cannot take the backend asked for, or, where none was, the fast
+    one that it has for this device."""
+    fast = asked or _AUTOMATIC.get(device)
     if operation not in _MEASURED_ONLY and fast in OPERATIONS[operation]:
         reason = str(refusal(fast, operation, device, dtype))
         # What the machine lacks is said once and not for each operation.

@@ -1,6 +1,7 @@
 """`dfptkd bench compare`: what is slower beyond noise is found, what is noise is not."""
 
 import json
+import math
 
 import pytest
 
@@ -119,11 +120,15 @@ def test_other_machines_are_refused_unless_meant(tmp_path, capsys, machine, said
         ('{"benchmarks": []}', "expected a file of pytest bench/ --benchmark-json"),
         (json.dumps({"machine_info": MACHINE, "benchmarks": []}), "no benchmark in common"),
         (
+            json.dumps({"machine_info": MACHINE, "benchmarks": [entry("a", 1.0, rounds=math.inf)]}),
+            "cannot convert float infinity to integer",
+        ),
+        (
             json.dumps({"machine_info": MACHINE, "benchmarks": [entry("a", float("nan"))]}),
             "times that are not in order",
         ),
     ],
-    ids=["absent", "text", "list", "without machine", "empty", "not a number"],
+    ids=["absent", "text", "list", "without machine", "empty", "endless", "not a number"],
 )
 def test_bad_files_are_one_line(tmp_path, capsys, text, said):
     old, new = write(tmp_path / "old.json", [entry("a", 1.0)]), tmp_path / "new.json"

@@ -180,3 +180,15 @@ def test_missing_data_are_named(tmp_path):
     )
     assert done.returncode == 3
     assert done.stderr.startswith("/nowhere: no such folder, expected DATA=")
+
+
+def test_a_folder_that_cannot_be_written_ends_it_before_the_first_step(tmp_path):
+    done = subprocess.run(
+        [SCRIPT, "first"],
+        env=environment(tmp_path, "echo measured", OUT="/proc"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 5
+    assert done.stdout == ""
+    assert "/proc/first.txt: No such file or directory" in done.stderr

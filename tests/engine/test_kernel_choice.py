@@ -8,9 +8,12 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dfptkd.engine import kernel_cache, kernel_choice
@@ -19,6 +22,7 @@ from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from dfptkd.engine.doctor import newer_than_tested, run_doctor
 from dfptkd.engine.errors import DataError, UsageError
+from dfptkd.engine.evaluate import evaluate_checkpoint
 from dfptkd.engine.kernel_cache import Choice, KernelCache
 from dfptkd.engine.kernel_choice import KernelChoices, check_kernels, measured_kernels
 from dfptkd.engine.models import PromptFusion, create_model
@@ -352,6 +356,32 @@ def test_measured_kernels_serve_a_loop_of_ones_own(native_wins):
     assert not torch.equal(call_conv(), first)  # by itself it takes PyTorch's own
 
 
+def test_an_unknown_backend_is_refused_and_one_that_cannot_serve_is_named(caplog):
+    for name in ("cuda", "Native", "", None):
+        with pytest.raises(ValueError, match="expected one of auto, reference, native, triton"):
+            measured_kernels(name).__enter__()
+    backend._log_fallback_once.cache_clear()
+    with measured_kernels("triton") as kernels:
+        call_relu()
+    assert kernels.choices == {}
+    (line,) = caplog.messages
+    assert (
+        line == "frozen_relu: triton does not run on cpu tensors; the reference serves it, slower"
+    )
+
+
+def test_a_user_without_a_home_folder_measures_every_time(native_wins, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", kernel_cache.VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backend.Path, "home", no_home)
+    assert backend.cache_folder() == Path("/nonexistent/.cache/dfptkd")
+    monkeypatch.setattr(backend, "cache_folder", lambda: Path("/proc/none"))
+    assert choose("frozen_relu").backend == "native"
+
+
 # Remembered ---------------------------------------------------------------------------------------
 
 
@@ -391,6 +421,68 @@ def test_a_damaged_file_is_measured_anew_and_said_once(damage, native_wins, own_
     assert [c.site.operation for c in kernels.table.values()] == ["frozen_relu", "frozen_conv2d"]
     monkeypatch.setattr(kernel_choice, "certify", never)
     assert choose("frozen_relu").certificate == first.certificate  # it is whole again
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"backend": "triton"},
+        {"shape": [1, 2, 3]},
+        {"shape": [{}]},
+        {"options": [[1]]},
+        {"images": "many"},
+        {"mode": None},
+        {"why": None},
+        {"median_us": {"native": 10**400}},
+        {"certificate": None},
+        {"certificate": {"backend": "native", "holds": False, "tensor": "output 0"}},
+        {"certificate": {"backend": "native", "holds": True, "error": "small"}},
+    ],
+    ids=lambda lie: f"{next(iter(lie))}-{str(next(iter(lie.values())))[:40]}",
+)
+def test_an_entry_that_cannot_be_true_is_measured_anew(lie, native_wins, own_cache, capsys):
+    choose("frozen_relu")
+    values = json.loads(own_cache.read_text())
+    for machine in values["machines"].values():
+        for choice in machine["choices"].values():
+            choice |= lie
+    own_cache.write_text(json.dumps(values))
+    said = []
+    kernels = KernelChoices(warn=said.append)
+    with kernels.deciding():
+        call_relu()
+    assert kernels.measured_s > 0
+    assert len(said) == 1
+    kernels.adopt(kernels.record())
+    assert run_doctor() == 0
+    assert "eager   cpu frozen_relu float32 16x8x8, 4 images: native" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [("_random_like", torch.OutOfMemoryError("full")), ("time_backends", OSError("no compiler"))],
+    ids=["compared", "timed"],
+)
+def test_what_could_not_be_tried_is_tried_again_by_the_next_run(
+    place, error, native_wins, monkeypatch
+):
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_choice, place, fail)
+        assert choose("frozen_relu").backend == "reference"
+    assert choose("frozen_relu").backend == "native"
+
+
+def test_another_library_of_the_same_sources_is_compared_anew(native_wins, monkeypatch, tmp_path):
+    choose("frozen_relu")
+    path = tmp_path / "rebuilt.so"
+    path.write_bytes(b"another compiler")
+    monkeypatch.setattr(backend, "library_path", lambda: path)
+    monkeypatch.setattr(kernel_choice, "certify", never)
+    with pytest.raises(AssertionError, match="measured again"):
+        choose("frozen_relu")
 
 
 def test_what_another_machine_has_measured_is_not_used_and_not_lost(
@@ -572,6 +664,40 @@ def test_a_run_with_a_wrong_kernel_falls_back_and_says_so(
     assert backends == {"reference"}
     again = run(make_config(teacher, tmp_path / "again"))
     assert len(events(again.out)["certificate_failed"]) == len(warnings)  # from the cache, too
+
+
+def test_eval_compares_too(teacher, tmp_path, native_wins, monkeypatch, caplog):
+    trained = run(make_config(teacher, tmp_path / "run"))
+    spoil(monkeypatch, "normalize_images", lambda t: -t)
+    found = evaluate_checkpoint(trained.out, device="cpu")
+    assert found.top1 == found.logged
+    (line,) = caplog.messages
+    assert line.startswith("normalize_images float32 16x16: native is not right here: output 0")
+
+
+def test_what_is_met_when_the_images_have_grown_is_on_record_and_said_too(
+    teacher, tmp_path, native_wins, monkeypatch
+):
+    spoil(monkeypatch, "frozen_conv2d", lambda t: 1.01 * t)
+    random = np.random.default_rng(0)
+    for folder in ("train", "val"):
+        for name in "abcd":
+            path = tmp_path / "images" / folder / name
+            path.mkdir(parents=True)
+            for i in range(2):
+                pixels = random.integers(0, 255, (80, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / f"{i}.jpg")
+    data = DataConfig(
+        name="folder", root=str(tmp_path / "images"), image_size=64, start_size=32,
+        ramp=(0.1, 0.5), num_classes=4, loader="torchvision", workers=0,
+    )  # fmt: skip
+    result = run(make_config(teacher, tmp_path / "run", epochs=2, data=data))
+    convs = [e for e in recorded(result.out) if e["operation"] == "frozen_conv2d"]
+    assert {8, 16} <= {e["shape"][-1] for e in convs}  # stage 2 at 32 and at 64 pixels
+    warnings = events(result.out)["certificate_failed"]
+    assert len(warnings) == len(convs)
+    state = load_checkpoint(result.out / "checkpoints" / "step-2").state
+    assert state["kernels"] == recorded(result.out)
 
 
 def test_the_reference_is_measured_by_nobody_and_has_its_own_bits(
