@@ -93,6 +93,8 @@ class KernelChoices:
         self.cache = KernelCache(mode, warn)
         self.table: dict[Site, Choice] = {}
         self.choices = Choices({})
+        self.unproven: set[Site] = set()
+        """Whose backend is bound by a record, and was not compared on this machine."""
         self.measured_s = 0.0
         """Seconds that measuring has taken; 0 where all was known."""
 
@@ -126,6 +128,25 @@ class KernelChoices:
         for name in {choice.backend for choice in found}:
             backend.unavailable(name)  # asking loads it: this process may not have measured
         self._settle()
+
+    def bind(self, record: Sequence[dict[str, Any]]) -> None:
+        """As `adopt`, for a record that may be another machine's: what was not compared on this one
+        is compared when it is met, and the reference serves where the comparison fails.
+
+        Raises:
+            ValueError: It is no record.
+        """
+        self.adopt(record)
+        self.unproven = {
+            site
+            for site, choice in self.table.items()
+            if choice.backend != "reference" and not self._is_proven(choice)
+        }
+
+    def _is_proven(self, choice: Choice) -> bool:
+        known = self.cache.find(choice.site, choice.images)
+        found = None if known is None else known.certificate
+        return found is not None and found.holds and found.backend == choice.backend
 
     def missing(self, device: str) -> tuple[str, str] | None:
         """A backend that a choice for this type of device needs and that cannot be used here, and
@@ -168,6 +189,8 @@ class KernelChoices:
             self.choices = Choices(backends)
 
     def _decide(self, site: Site, call: Call) -> str:
+        if site in self.unproven:
+            self._prove(site, call)
         if site in self.table:
             return self.table[site].backend
         wanted = backend.fast_backend(site.device) if self.asked == "auto" else self.asked
@@ -176,6 +199,16 @@ class KernelChoices:
             return "reference"  # there is nothing to choose
         self.table[site] = self._find(site, call, wanted)
         return self.table[site].backend
+
+    def _prove(self, site: Site, call: Call) -> None:
+        self.unproven.discard(site)
+        choice = self.table[site]
+        certificate = certify(call, choice.backend, site)
+        if certificate.holds:
+            self.table[site] = replace(choice, certificate=certificate)
+            return
+        why = f"{choice.backend} failed its certificate where the run went on"
+        self.table[site] = Choice(site, choice.images, "reference", why, {}, certificate)
 
     def _find(self, site: Site, call: Call, wanted: str) -> Choice:
         images = 0 if call.tensors[0] is None else len(call.tensors[0])

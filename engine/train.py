@@ -685,7 +685,7 @@ class Trainer:
                 )
             return
         try:
-            self.step.kernels.adopt(record)
+            self.step.kernels.bind(record)
         except ValueError as error:
             raise DataError(f"{checkpoint.path}: {error}") from error
         missing = self.step.kernels.missing(self.device.type)

@@ -735,10 +735,34 @@ def test_on_resume_the_record_binds(teacher, tmp_path, native_wins, monkeypatch,
     part = make_config(teacher, tmp_path / "part")
     run(replace(part, max_steps=2))
     own_cache.unlink()  # another measurement would now decide otherwise
-    monkeypatch.setattr(kernel_choice, "certify", never)
+    monkeypatch.setattr(kernel_choice, "time_backends", never)
     result = run(part)
-    assert recorded(result.out) == recorded(whole.out)
+    kept = [
+        [{k: v for k, v in entry.items() if k != "certificate"} for entry in recorded(ended.out)]
+        for ended in (result, whole)
+    ]
+    assert kept[0] == kept[1]
     assert same(student_of(whole.out), student_of(result.out))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_on_resume_a_kernel_is_compared_where_it_was_not_yet(
+    teacher, tmp_path, native_wins, monkeypatch, own_cache, elsewhere
+):
+    config = make_config(teacher, tmp_path / "run")
+    run(replace(config, max_steps=2))
+    if not elsewhere:  # what this machine has compared is trusted
+        monkeypatch.setattr(kernel_choice, "certify", never)
+        assert "certificate_failed" not in events(run(config).out)
+        return
+    own_cache.unlink()
+    spoil(monkeypatch, "dual_path_loss", lambda t: 1.01 * t)
+    out = run(config).out
+    (warning,) = events(out)["certificate_failed"]
+    assert "dual_path_loss" in warning
+    served = {e["operation"]: e["backend"] for e in recorded(out)}
+    assert served.pop("dual_path_loss") == "reference"
+    assert set(served.values()) == {"native"}
 
 
 def test_on_resume_the_reference_binds_too(teacher, tmp_path, native_wins, capsys):
