@@ -211,12 +211,23 @@ def _output(*command: str) -> str:
     return " ".join((done.stdout or done.stderr).split())
 
 
+@contextmanager
+def fp32_as_fp32() -> Iterator[None]:
+    """Convolutions in full precision: what eager is held to is rounding, not TF32's."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+@fp32_as_fp32()
 def check_kernels(
     report: Report, device: torch.device, sizes: Sizes, operators: Sequence[str] = OPERATORS
 ) -> None:
     """Each dtype that a run computes in; an operator without a fused backend here has no line."""
-    # fp32 as fp32: what eager is held to is rounding, not TF32's.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
     dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
     for dtype in dtypes:
         for case in cases(sizes.checked, device, dtype, operators, auto=False):
@@ -265,9 +276,9 @@ def ceilings(report: Report, device: torch.device, sizes: Sizes) -> None:
             report.row(row, f", {speed or f'{row.gb_per_s} GB/s'}")
 
 
+@fp32_as_fp32()
 def modes(report: Report, device: torch.device, sizes: Sizes) -> None:
     """A few steps in fp32 from the same start, on the same batches."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
     names = ("eager", "compile", "graph") if device.type == "cuda" else ("eager", "compile")
     for method in sizes.methods:
         eager: torch.Tensor | None = None

@@ -191,11 +191,15 @@ def update_ema(ema: AveragedModel, student: nn.Module, decay: float, passes: Ten
     averaged = [*ema.module.parameters(), *ema.module.buffers()]
     current = [*student.parameters(), *student.buffers()]
     pairs = list(zip(averaged, current, strict=True))
-    ours, theirs = zip(*((a, c) for a, c in pairs if a.is_floating_point()), strict=True)
-    step = torch._foreach_sub(theirs, ours)
+    ours, current = zip(*((a, c) for a, c in pairs if a.is_floating_point()), strict=True)
+    step = torch._foreach_sub(current, ours)
     torch._foreach_mul_(step, share)
     torch._foreach_add_(ours, step)
     integers = [(a, c) for a, c in pairs if not a.is_floating_point()]
-    if integers:  # they have not moved either where the step did not pass
-        torch._foreach_copy_([a for a, _ in integers], [c for _, c in integers])
+    if integers:
+        counts, students = map(list, zip(*integers, strict=True))
+        moves = torch._foreach_sub(students, counts)
+        # A list of it: the host would read one tensor that serves for all.
+        torch._foreach_mul_(moves, [passes.long()] * len(moves))
+        torch._foreach_add_(counts, moves)
     ema.n_averaged += passes

@@ -27,8 +27,7 @@ from dfptkd.engine.models import create_model
 from dfptkd.engine.step import TrainStep
 
 CPU = torch.device("cpu")
-STEPS = 10
-CONTRAST_STEPS = 3  # before any ReLU flips by rounding alone
+STEPS = 3  # before any ReLU flips by rounding alone
 METHODS = ("kd", "dfpt", "dfpt_plus")
 DATA_CONFIG = DataConfig(name="synthetic", num_classes=10, image_size=16, limit=101)
 CONTRAST = LossConfig(crd=0.8, crd_negatives=20)
@@ -128,7 +127,7 @@ def contrast(world):
     found = {}
     for accumulate in (1, 2):
         step = make_step("dfpt", world, eval_mode=True, accumulate=accumulate, loss=CONTRAST)
-        train(step, world.shard, CONTRAST_STEPS)
+        train(step, world.shard)
         state = {**figures(step), **dict(step.method.contrast.named_buffers())}
         found |= {f"{accumulate}.{k}": v for k, v in state.items()}
     return found

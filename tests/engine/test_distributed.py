@@ -147,7 +147,7 @@ def test_M49_two_ranks_remember_what_one_process_does(two, accumulate):
 
     def walk(change=lambda batch: batch, shard=(0, 1)):
         step = worker.make_step("dfpt", eval_mode=True, accumulate=accumulate, loss=worker.CONTRAST)
-        worker.train(step, shard, worker.CONTRAST_STEPS, change)
+        worker.train(step, shard, change=change)
         return {**worker.figures(step), **dict(step.method.contrast.named_buffers())}
 
     alone = walk()

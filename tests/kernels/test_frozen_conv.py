@@ -379,7 +379,7 @@ def test_errors_of_the_native_kernel_are_at_most_twice_onednns(is_post_relu):
             with use_backend(name):
                 found = in_both_directions(*case)
             for direction, y, true in zip(("forward", "backward"), found, truth, strict=True):
-                if min(shape[2:4]) >= frozen_conv._SMALLEST:
+                if min(shape[2:4]) >= 4:  # below, most taps of the definition meet zeros
                     means.add(f"{name} {direction}", y, true)
     for direction in ("forward", "backward"):
         ours, onednn = means[f"native {direction}"], means[f"reference {direction}"]
