@@ -1,4 +1,4 @@
-"""What is measured of the operators, by `dfptkd bench kernels`, `pytest bench/` and on a first GPU:
+"""Cases of the operators, for `dfptkd bench kernels`, `pytest bench/` and a first GPU:
 every fused operator, a stage's prompt + fusion pair, and the grouped convolutions of ShuffleNet."""
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Case:
     providers: dict[str, Callable[[], Output]]
     """Name -> its output: a loss [], an activation, or several tensors."""
     leaves: Sequence[Tensor]
-    """What gets a gradient, the same for all providers; empty where there is no backward."""
+    """Tensors that get a gradient, the same for all providers; empty where there is no backward."""
     upstream: Sequence[Tensor] | None
     """Gradients of the output; None for a loss."""
     tolerance: float
@@ -105,7 +105,7 @@ class Disagreement:
     eager: float
     ours: float
     allowed: float
-    """What `ours` may be, by the errors that eager makes itself."""
+    """Bounds on the errors of `ours`, from those that eager makes itself."""
 
     @property
     def holds(self) -> bool:

@@ -48,7 +48,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """What a file holds."""
+    """Contents of a file."""
 
     path: Path
     machine: Mapping[str, Any]
