@@ -31,7 +31,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ class Pair:
     batch: int
     image_size: int
     classes: int
+    prompt: PromptConfig = field(default_factory=PromptConfig)
 
     def setting(self, method: str, device: torch.device) -> Setting:
         """As `dfptkd bench step` has it."""
@@ -71,7 +72,7 @@ class Pair:
             self.batch,
             self.image_size,
             self.classes,
-            PromptConfig(),
+            self.prompt,
             device,
         )
 
@@ -121,15 +122,19 @@ FULL = Sizes(
     ),
     rounds=30,
 )  # fmt: skip
+# One pair of one convolution: those of all stages take Triton half a minute to compile.
+_TINY = Pair(
+    "cifar:resnet8", "cifar:resnet8", 8, 16, 10, PromptConfig(kernels=(3,), insert_stages=(3,))
+)
 SMALL = replace(
     FULL,
     checked=((7, 10), (33, 1001), (5, 9, 7, 3), (3, 33, 7, 5), (2, 64, 8, 8)),
     copied=1 << 16,
     side=64,
-    modes=Pair("cifar:resnet8", "cifar:resnet8", 8, 16, 10),
+    modes=_TINY,
     methods=("kd", "dfpt"),
-    cifar=Pair("cifar:resnet8", "cifar:resnet8", 8, 16, 10),
-    imagenet=Pair("cifar:resnet8", "cifar:resnet8", 16, 32, 10),
+    cifar=_TINY,
+    imagenet=replace(_TINY, batch=16, image_size=32),
     stages=((4, 32, 8, 8),),
     grouped=((4, 24, 12, 8),),
     rounds=3,

@@ -31,7 +31,8 @@ HEADLINE = ("cifar:wrn_40_2", "cifar:ShuffleV1")
 METHODS = ("kd", "dfpt", "dfpt_plus")
 SLOW = [(HEADLINE, method, "graph") for method in METHODS]
 QUICK = [
-    *((SMALL, method, mode) for method in ("kd", "dfpt") for mode in ("eager", "graph")),
+    (SMALL, "kd", "eager"),
+    *((SMALL, "dfpt", mode) for mode in ("eager", "graph")),
     *((HEADLINE, method, "eager") for method in METHODS),
 ]
 VERSION = torch.__version__.split("+")[0]
@@ -43,7 +44,9 @@ def case_of(pair: tuple[str, str], method: str, mode: str) -> dict[str, Any]:
     data = {"num_classes": 100, "limit": 8 * BATCH}
     changes = {"teacher": {"name": teacher}, "student": student, "data": data}
     changes["global_batch"] = BATCH
-    return {"method": method, "mode": mode, "changes": changes}
+    # What Inductor fuses with its neighbours costs it no kernel.
+    unfused = ["prompt_pair", "frozen_relu"] if mode == "graph" else ["prompt_pair"]
+    return {"method": method, "mode": mode, "changes": changes, "unfused": unfused}
 
 
 def row_of(pair: tuple[str, str], result: dict[str, Any]) -> dict[str, str]:

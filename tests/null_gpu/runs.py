@@ -21,7 +21,7 @@ from typing import Any
 import null_device
 import torch
 from safetensors.torch import save_file
-from steps import Case, compiling_by, configuration, pairs_by
+from steps import Case, compiling_by, configuration, unfused
 
 from dfptkd.engine.config import TeacherConfig
 from dfptkd.engine.data import Batch
@@ -157,7 +157,7 @@ def work(folder: Path, options: Options) -> Report:
     with (
         warnings.catch_warnings(record=True) as caught,
         compiling_by(options.backend),
-        pairs_by("reference"),
+        unfused(["prompt_pair"]),
     ):
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)  # within torch's own modules

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,9 +55,9 @@ class Case:
     backend: str = "inductor"
     """Of torch.compile; eager and aot_eager trace all the same and generate no code. none: regions
     are left as they are."""
-    pairs: str = "reference"
-    """What serves pairs of prompt and fusion block; their Triton kernels take a minute to compile.
-    triton: those. Everything else is Triton's in either case."""
+    unfused: tuple[str, ...] = ("prompt_pair",)
+    """Operations that PyTorch serves, or Inductor where it compiles them; the others are Triton's.
+    The Triton kernels of pairs of prompt and fusion block take a minute to compile."""
     seeds: int = 1
     """Steps side by side."""
     label: str = ""
@@ -209,17 +209,16 @@ def compiling_by(backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def pairs_by(backend: str) -> Iterator[None]:
-    """Steps inside leave pairs of prompt and fusion block to eager PyTorch, unless it is triton."""
+def unfused(operations: Sequence[str]) -> Iterator[None]:
+    """Steps inside leave these operations to PyTorch."""
     own = KernelChoices._find
 
     def find(self: KernelChoices, site: Site, call: Call, wanted: str | None) -> Choice:
-        if site.operation == "prompt_pair":
-            return Choice(site, 0, "reference", "too long to compile for a test", {})
+        if site.operation in operations:
+            return Choice(site, 0, "reference", "left to PyTorch for this test", {})
         return own(self, site, call, wanted)
 
-    if backend == "reference":
-        KernelChoices._find = find  # type: ignore[method-assign]
+    KernelChoices._find = find  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -230,5 +229,5 @@ if __name__ == "__main__":
     torch.set_warn_always(True)  # of several cases in one process each is to warn
     for values in json.load(sys.stdin):
         case = Case(**values)
-        with compiling_by(case.backend), pairs_by(case.pairs):
+        with compiling_by(case.backend), unfused(case.unfused):
             print(json.dumps(dataclasses.asdict(attempt(case))), flush=True)
