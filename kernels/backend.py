@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -301,11 +302,26 @@ def _load_native() -> str | None:
     path = library_path()
     if path is None:
         return "the native library is not built (dfptkd doctor --build-native)"
+    if _is_cut_short(path):  # to load it would end the process by SIGBUS
+        return f"{path} is damaged: expected a whole file (dfptkd doctor --build-native)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path} does not load: {error}"
     return None
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its last part, the table of its sections, does."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if not header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian
+        return False
+    if len(header) < 64:
+        return True
+    (table,) = struct.unpack_from("<Q", header, 0x28)
+    size, number = struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size < table + size * number
 
 
 def backend_failures() -> tuple[type[Exception], ...]:

@@ -13,6 +13,7 @@ from dfptkd.kernels import backend, normalize_images, use_backend, which_backend
 
 IMAGES = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
 HALVES = (0.5, 0.5, 0.5)
+LIBRARY = backend.library_path()
 
 
 def cuda_images():
@@ -222,6 +223,16 @@ def test_a_broken_library_is_a_reason_and_not_a_crash(no_library, monkeypatch, t
     monkeypatch.setattr(backend, "library_candidates", lambda: (tmp_path / "broken.so",))
     assert "does not load" in backend.unavailable("native")
     assert which_backend("normalize_images", IMAGES) == "reference"
+
+
+@needs_native
+@pytest.mark.parametrize("share", [0.0001, 0.5, 0.999])
+def test_a_library_that_was_cut_short_is_not_loaded(no_library, monkeypatch, tmp_path, share):
+    """The loader would map it and end the process by SIGBUS."""
+    whole = LIBRARY.read_bytes()
+    (tmp_path / "short.so").write_bytes(whole[: int(len(whole) * share)])
+    monkeypatch.setattr(backend, "library_candidates", lambda: (tmp_path / "short.so",))
+    assert "expected a whole file" in backend.unavailable("native")
 
 
 def test_library_is_looked_for_in_the_package_first_then_in_the_cache(monkeypatch, tmp_path):
