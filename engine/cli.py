@@ -383,7 +383,7 @@ class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are a UsageError."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}")
+        raise UsageError(f"{self.prog.removeprefix('dfptkd ')}: {message}")
 
 
 def _parser(verb: str) -> Parser:
