@@ -23,7 +23,7 @@ from .teacher import WEIGHTS_FILE
 # What may differ between a checkpoint and the run that goes on from it.
 MAY_CHANGE = {
     "epochs", "max_steps", "accumulate", "eval_batch", "eval_every", "device", "out", "out_root",
-    "resume", "seeds", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
+    "resume", "seeds", "data.crops", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
     "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.loader",
     "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
     "data.timeout", "teacher.weights", "teacher.expected_top1", "teacher.train_if_missing",

@@ -441,6 +441,11 @@ class Trainer:
             f"{self.processes()}{self.step.precision}, steps by {self.step.mode} "
             f"({self.step.mode_reason})"
         )
+        if in_words := self.data.preprocessing.get("in_words"):
+            log.say(in_words)
+        for note in self.data.passed_over:
+            record["warnings"].append(note)
+            log.warn("passed_over", note, self.progress.step)
         for note in self.data.notes:
             record["warnings"].append(note)
             log.warn("quarantine", note, self.progress.step)

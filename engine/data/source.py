@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import DataError
+from .crops import crop_rule
 from .order import crop_offsets, flips
 
 _HASHED_IMAGES = 4096  # at once
@@ -286,6 +287,10 @@ class ImageData:
     """What samples and pixels depend on: the same in a run that goes on."""
     notes: list[str] = field(default_factory=list)
     """What a user must be told of the data, one line each."""
+    passed_over: list[str] = field(default_factory=list)
+    """What lies among the data and is not read, one line a kind."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """How the images are cut, as JSON data; "in_words" says it to a user."""
     skipped_test: int = 0
     """Test images that are left out, as they are in quarantine."""
     identity: DataIdentity | None = None
@@ -325,16 +330,23 @@ def resident_data(
     train_images, train_labels = resident(train, train_limit)
     padding = default_padding if config.crop_padding is None else config.crop_padding
     augmentation = Augmentation(len(train_labels), padding, config.flip, device)
+    height, width = train.images.shape[1:3]
+    rule = crop_rule("small", height, padding)
     return ImageData(
         name=config.name,
         train=ResidentSplit(train_images, train_labels, augmentation),
         test=ResidentSplit(*resident(test, test_limit), augmentation=None),
         num_classes=len(class_names),
         class_names=class_names,
-        image_size=(train.images.shape[1], train.images.shape[2]),
+        image_size=(height, width),
         mean=mean,
         std=std,
         pipeline={"loader": "device"},
+        preprocessing={
+            "layout": config.name,
+            **rule.describe(height, config.flip),
+            "in_words": f"images of {config.name}: {rule.in_words(height, config.flip)}",
+        },
         identity=DataIdentity(
             digest_of_names(class_names),
             digest_of_arrays(train.images, train.labels),
