@@ -7,7 +7,7 @@ number of workers and number of ranks cuts alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,6 +197,24 @@ def kind_of_images(sizes: Sequence[tuple[int, int]]) -> str:
     alike = ((measured - usual).abs() <= _ONE_SIZE * usual).all(dim=1)
     small = usual.max() <= _LARGEST_SMALL and alike.double().mean() >= _NEARLY_ALL
     return "small" if small else "photographs"
+
+
+def crops_of_record(data: Mapping[str, Any]) -> str:
+    """`data.crops` of a run on disk; of one that is older than the option, what it did then.
+
+    Args:
+        data: The part "data" of the run's configuration.
+    """
+    name, loader = data.get("name"), data.get("loader")
+    if "crops" in data:
+        return data["crops"]
+    if name not in ("folder", "imagenet", "cub200", "tiny_imagenet", "webdataset"):
+        return "auto"
+    if name == "tiny_imagenet" and loader in ("auto", "device"):
+        return "small"
+    if loader == "device":  # that stretched photographs: not to be repeated
+        return "auto"
+    return "stretched" if name == "cub200" else "photographs"
 
 
 def sizes_in_words(sizes: Sequence[tuple[int, int]]) -> str:

@@ -132,8 +132,8 @@ def find_files(config: DataConfig) -> FileSet:
     untrained = sorted(set(labels[1]) - set(labels[0]))
     if untrained:
         raise DataError(
-            f"{found.root}: {len(untrained)} classes have test images and no training image, first "
-            f"{found.class_names[untrained[0]]!r}"
+            f"{found.root}: test images and no training image of {len(untrained)} of "
+            f"{len(found.class_names)} classes, first {found.class_names[untrained[0]]!r}"
         )
     return found
 

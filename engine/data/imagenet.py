@@ -12,11 +12,12 @@ networks; a folder with fewer classes keeps those numbers, and is tested on thei
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,8 @@ def find_imagenet(config: DataConfig) -> FileSet:
         flat = [entry.name for entry in entries if is_image_name(entry.name)]
         if flat:
             raise DataError(
-                f"{root / val_folder / flat[0]}: {len(flat):,} images beside class folders, "
-                "expected all of them flat or all of them sorted"
+                f"{root / val_folder / flat[0]}: beside class folders ({len(flat):,} in all), "
+                "expected all images flat or all sorted"
             )
         there = class_names(root, val_folder, passed)
         unknown = sorted(set(there) - set(names))
@@ -117,12 +118,27 @@ def data_folder(root: Path) -> str:
     return "" if (root / "train").is_dir() else next(kaggle, "")
 
 
+def are_classes(found: Collection[str]) -> bool:
+    """Whether these WordNet ids are ImageNet's, as far as it is known here."""
+    if len(found) == NUM_CLASSES:
+        return True
+    try:
+        return set(found) <= set(_published_ids())
+    except UsageError:  # the package that has the list is missing: no run could number them
+        return False
+
+
+@functools.cache
+def _published_ids() -> tuple[str, ...]:
+    from ..models.external import imagenet_wordnet_ids
+
+    return tuple(imagenet_wordnet_ids())
+
+
 def _all_classes(train_folder: Path, found: list[str]) -> list[str]:
     if len(found) == NUM_CLASSES:
         return found
-    from ..models.external import imagenet_wordnet_ids
-
-    names = imagenet_wordnet_ids()
+    names = list(_published_ids())
     unknown = sorted(set(found) - set(names))
     if unknown:
         raise DataError(

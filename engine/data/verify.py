@@ -122,44 +122,40 @@ def find_layout(folder: Path, name: str | None) -> Layout:
 
     Args:
         folder: The data folder.
-        name: As which data set; None: the first of those it looks like that a run takes.
+        name: As which data set; None: as the one that it looks like.
     """
-    names = looks_like(folder) if name is None else [name]
-    refusals = []
-    for candidate in names:
-        config = DataConfig(name=candidate, root=str(folder))  # type: ignore[arg-type]
-        try:
-            found = find_files(config)
-        except (DataError, UsageError) as error:
-            refusals.append(Layout(candidate, None, str(error)))
-            continue
-        looks = [look_into(files) for files in (found.train, found.test)]
-        words = (
-            f"{found.layout}: {len(found.train.labels.unique()):,} classes, {len(found.train):,} "
-            f"training and {len(found.test):,} test images; {find_rule(config, looks)[1]}"
-        )
-        return Layout(candidate, found, words)
-    return refusals[0]
+    name = name or looks_like(folder)
+    config = DataConfig(name=name, root=str(folder))  # type: ignore[arg-type]
+    try:
+        found = find_files(config)
+    except (DataError, UsageError) as error:
+        return Layout(name, None, str(error))
+    looks = [look_into(files) for files in (found.train, found.test)]
+    words = (
+        f"{found.layout}: {len(found.train.labels.unique()):,} classes, {len(found.train):,} "
+        f"training and {len(found.test):,} test images; {find_rule(config, looks)[1]}"
+    )
+    return Layout(name, found, words)
 
 
-def looks_like(folder: Path) -> list[str]:
-    """Names of the data sets that a folder may be meant as, the likeliest first."""
+def looks_like(folder: Path) -> str:
+    """The data set that a folder is most likely meant as."""
 
     def has(*patterns: str) -> bool:
         return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
     if has(tiny_imagenet.WNIDS, tiny_imagenet.ANNOTATIONS, f"{tiny_imagenet.INNER}/"):
-        return ["tiny_imagenet"]
+        return "tiny_imagenet"
     if has("CUB_200_2011/", "train_test_split.txt", "image_class_labels.txt"):
-        return ["cub200"]
+        return "cub200"
     if has("train-*.tar", "val-*.tar", "test-*.tar"):
-        return ["webdataset"]
+        return "webdataset"
     if has("ILSVRC2012_devkit_t12*", imagenet.CSV) or imagenet.data_folder(folder):
-        return ["imagenet"]
-    classes = [entry for entry in folder.glob("train/*") if entry.is_dir()]
-    if classes and all(imagenet.WORDNET_ID.fullmatch(entry.name) for entry in classes):
-        return ["imagenet", "folder"]
-    return ["folder"]
+        return "imagenet"
+    classes = {entry.name for entry in folder.glob("train/*") if entry.is_dir()}
+    if not classes or not all(imagenet.WORDNET_ID.fullmatch(name) for name in classes):
+        return "folder"
+    return "imagenet" if imagenet.are_classes(classes) else "folder"
 
 
 def members_of(found: FileSet) -> list[Member]:
