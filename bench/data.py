@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from ..engine.data import Batch, ImageData, epoch_rows, load_data, steps_per_epoch
-from ..engine.data.file_data import SOURCES, choose_loader
+from ..engine.data.file_data import SOURCES, check_loader
 from ..engine.errors import UsageError
 from ..engine.stand_in import build_step
 from ..engine.step import TrainStep
@@ -232,7 +232,7 @@ def print_rows(rows: Sequence[Row], setting: Setting) -> None:
 def installed() -> list[str]:
     """The loaders that are there."""
     try:
-        choose_loader(DataConfig(name="folder", loader="dali"))
+        check_loader(DataConfig(name="folder", loader="dali"))
     except UsageError:
         return [loader for loader in LOADERS if loader != "dali"]
     return list(LOADERS)

@@ -34,7 +34,7 @@ VERBS = {
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
-    "verify-data": "find images that cannot be decoded: dfptkd verify-data DIR [--out FILE]",
+    "verify-data": "find what a run would refuse in a data folder: dfptkd verify-data DIR",
     "bench": "measurements: dfptkd bench kernels|step|data|overhead|optim|first|compare [options]",
     "study": "a declared set of runs, and its record: dfptkd study NAME --budget full|short|cpu",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",
@@ -474,7 +474,12 @@ def _report(args: list[str]) -> int:
 
 def _verify_data(args: list[str]) -> int:
     parser = _parser("verify-data")
-    parser.add_argument("folder", type=Path, help="the data folder: images or tar files, any depth")
+    parser.add_argument("folder", type=Path, help="the data folder, as of --data.root")
+    parser.add_argument(
+        "--data.name",
+        dest="name",
+        help="as which data set a run reads it; absent: what its layout looks like",
+    )
     parser.add_argument("--out", type=Path, help="the list; absent: beside the data")
     parser.add_argument("--workers", type=int, help="processes; absent: one a core")
     options = _parse(parser, args)
@@ -484,7 +489,7 @@ def _verify_data(args: list[str]) -> int:
         raise UsageError(f"--workers {options.workers}: expected 1 or more")
     from .data.verify import run_verify
 
-    return run_verify(options.folder, options.out, options.workers)
+    return run_verify(options.folder, options.out, options.workers, options.name)
 
 
 def _export(args: list[str]) -> int:

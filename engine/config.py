@@ -48,19 +48,26 @@ class DataConfig:
     """Mean of each channel, pixels in 0..1 (image files); absent: ImageNet's."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, pixels in 0..1 (image files); absent: ImageNet's."""
+    crops: Literal["auto", "photographs", "small", "stretched"] = "auto"
+    """How image files are cut. photographs: random crops of 8 to 100 % of the area in training, the
+    middle of the image in evaluation; small: whole images, shifted in training; stretched: to a
+    square first, whatever the shape (CUB-200's protocol); auto: small where nearly all images are
+    of about one size of at most 96 pixels, else photographs."""
     crop_padding: int | None = None
-    """Zero padding in pixels of the random crop of small images; absent: 4, Fashion-MNIST 2, image
-    files on the device an eighth of their side."""
+    """Zero padding in pixels, out of which small images are cut at random in training (a shift);
+    absent: 4, Fashion-MNIST 2, image files an eighth of their side."""
     flip: bool = True
     """Flip half of the training images left to right."""
     workers: int = 2
     """Decoding processes, of DALI threads (image files only)."""
     loader: Literal["auto", "dali", "torchvision", "device", "synthetic"] = "auto"
-    """What decodes image files. device: all are decoded once and stay there; synthetic: none is,
-    images are made up (what a run would do if decoding cost nothing); auto: DALI where it is
-    installed, torchvision elsewhere, device for sets of small images."""
+    """What decodes image files. device: images that each epoch cuts alike are decoded once and stay
+    there (small ones, and all test images); synthetic: none is, images are made up (what a run
+    would do if decoding cost nothing); auto: device for small images, else DALI where it is
+    installed, torchvision elsewhere."""
     quarantine: str | None = None
-    """List of images that cannot be decoded, by verify-data; absent: the one in the data folder."""
+    """List of images that cannot be decoded, by verify-data; absent: the one in the data folder or
+    in the folder below it that holds the images."""
     max_quarantined: float = 0.001
     """Largest share of the training images that may be on that list and be replaced by others."""
     skip_quarantined: bool = False

@@ -10,6 +10,7 @@ import torch
 
 from .config import RunConfig, from_dict
 from .data import load_data
+from .data.crops import crops_of_record
 from .errors import DataError
 from .export import read_source
 from .kernel_choice import measured_kernels
@@ -67,6 +68,7 @@ def evaluate_checkpoint(
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     options["keep_test"] = False  # it is read once
+    options["crops"] = crops_of_record(source.record.run["config"]["data"])
     data = load_data(dataclasses.replace(config.data, **options), where)
     if data.num_classes != source.data["num_classes"]:
         raise DataError(

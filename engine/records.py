@@ -36,6 +36,7 @@ SIGNATURES = {
     "skipped": "skipped steps",
     "rewind": "went back",
     "quarantine": "images in quarantine",
+    "passed_over": "files passed over",
     "certificate_failed": "fused kernel differs",
     "fallback": "slower steps",
     "checkpoint_failed": "checkpoint not written",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from .checkpoint import (
     remove_leftovers,
 )
 from .config import RunConfig, to_dict
+from .data.crops import crops_of_record
 from .distributed import World
 from .errors import DataError, UsageError
+from .files import read_json
 from .lock import RunLock
 from .teacher import WEIGHTS_FILE
 
 # What may differ between a checkpoint and the run that goes on from it.
 MAY_CHANGE = {
     "epochs", "max_steps", "accumulate", "eval_batch", "eval_every", "device", "out", "out_root",
-    "resume", "seeds", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
+    "resume", "seeds", "data.crops", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
     "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.loader",
     "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
     "data.timeout", "teacher.weights", "teacher.expected_top1", "teacher.train_if_missing",
@@ -76,6 +78,25 @@ def start_of_main(
         return None, False
     tensors = world.tensors_of_main(found[0].tensors if found else None)
     return Checkpoint(Path(shared["path"]), tensors, shared["state"]), shared["finished"]
+
+
+def crops_of_before(config: RunConfig, folders: Iterable[Path]) -> str:
+    """How the images of a run are cut that goes on in one of `folders`: as before.
+
+    Its checkpoint may be older than the choice, or have been made with another one than `auto`.
+    """
+    crops = config.data.crops
+    if crops != "auto" or config.resume == "never":
+        return crops
+    if config.resume != "auto":
+        path = Path(config.resume)
+        folders = [path, path.parent.parent]  # a run's folder, or a checkpoint's
+    for folder in folders:
+        if checkpoints(folder / "checkpoints"):
+            with suppress(DataError, KeyError, TypeError):  # a run goes on without its record
+                record = read_json(folder / "run.json", "a run.json")
+                return crops_of_record(record["config"]["data"])
+    return crops
 
 
 def find_checkpoint(config: RunConfig, out: Path, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -60,6 +60,7 @@ def run_record(
             "class_names": data.class_names,
             "train_images": len(data.train),
             "test_images": len(data.test),
+            "preprocessing": data.preprocessing,
         },
         "teacher": teacher,
         "cost": costs,

@@ -45,7 +45,7 @@ from .models import create_model
 from .models.cost import teacher_cost
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
-from .resume import check_same_state, start_of_main
+from .resume import check_same_state, crops_of_before, start_of_main
 from .run_record import run_record
 from .run_state import RunState
 from .step import SkipCounts, TrainStep, choose_mode
@@ -135,6 +135,9 @@ def run_seeds(config: RunConfig, world: World | None = None) -> list[RunResult]:
         ExitStack() as locks,
     ):
         prepare_torch(config)
+        folders = [run_folder(dataclasses.replace(config, seed=s, seeds=None)) for s in seeds]
+        crops = world.of_main(lambda: crops_of_before(config, folders))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, crops=crops))
         data = world.everywhere(lambda: load_data(config.data, device))
         check_sizes(config, data, world)
         if choose_mode(config, device, world.size)[0] != "eager":
@@ -441,6 +444,11 @@ class Trainer:
             f"{self.processes()}{self.step.precision}, steps by {self.step.mode} "
             f"({self.step.mode_reason})"
         )
+        if in_words := self.data.preprocessing.get("in_words"):
+            log.say(in_words)
+        for note in self.data.passed_over:
+            record["warnings"].append(note)
+            log.warn("passed_over", note, self.progress.step)
         for note in self.data.notes:
             record["warnings"].append(note)
             log.warn("quarantine", note, self.progress.step)

@@ -38,7 +38,9 @@ def _pair(
         recipe=f"cub200.{name}",
         method=method,  # type: ignore[arg-type]
         student=f"cifar:{student}",
-        data=DataConfig(name="cub200", image_size=224, num_classes=200, workers=8),
+        data=DataConfig(
+            name="cub200", image_size=224, num_classes=200, workers=8, crops="stretched"
+        ),
         teacher=TeacherConfig(name=f"cifar:{teacher}"),
         prompt=prompt,
         # A warm-up of 20 epochs belongs to DKD's protocol on CIFAR-100.

@@ -7,7 +7,9 @@ number of workers and number of ranks cuts alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ _SCALE = (0.08, 1.0)  # share of the image's area
 _RATIO = (3 / 4, 4 / 3)  # width over height
 _ATTEMPTS = 10  # torchvision's number of tries before it falls back to a central crop
 _DRAWS = 4  # of one attempt: area, ratio, row, column
+_LARGEST_SMALL = 96  # pixels, of the longer side: STL-10's
+_ONE_SIZE = 0.125  # by how much sides of about one size differ from the usual one
+_NEARLY_ALL = 0.95  # of the images: a stray one does not change how all are cut
 
 
 class Crops:
@@ -73,10 +78,12 @@ class RandomResizedCrop(Crops):
 
 @dataclass(frozen=True)
 class CenterCrop(Crops):
-    """Resize of the short side to 256/224 of `side`, then the square in the middle."""
+    """Resize of the short side to `resize` times `side`, then the square in the middle."""
+
+    resize: float = 256 / 224
 
     def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
-        short = round(side * 256 / 224)
+        short = round(side * self.resize)
         resized = (short * sizes.double() / sizes.min(dim=1, keepdim=True).values).floor()
         offset = ((resized - side) / 2).round()  # torchvision's rounding
         scale = sizes / resized
@@ -104,20 +111,118 @@ class StretchedCrop(Crops):
         return torch.cat([offset * scale, side * scale], dim=1)
 
 
-@dataclass(frozen=True)
-class WholeImage(Crops):
-    """The image as it is, stretched to a square."""
-
-    def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
-        return torch.cat([torch.zeros_like(sizes), sizes], dim=1).double()
-
-
 def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
     """Of an image too narrow or too flat: the largest central box of an admitted ratio."""
     ratio = min(max(width / height, _RATIO[0]), _RATIO[1])
     box_width = max(min(width, round(height * ratio)), 1)
     box_height = max(min(height, round(width / ratio)), 1)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+# Which rule a data set gets -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CropRule:
+    """How the images of a data set are cut, by every loader."""
+
+    kind: str
+    """photographs, small or stretched."""
+    train: Crops
+    test: Crops
+    shift: int = 0
+    """Padding in pixels, out of which a training image is cut at random."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a training image is cut alike in every epoch, but for its shift."""
+        return self.train == self.test
+
+    def describe(self, side: int, flip: bool) -> dict[str, Any]:
+        """The rule as JSON data; arguments as of `in_words`."""
+        return {"crops": self.kind, "side": side, "shift": self.shift, "flip": flip}
+
+    def in_words(self, side: int, flip: bool) -> str:
+        """What is done to the images in training and in evaluation.
+
+        Args:
+            side: Of the squares that come out, in pixels.
+            flip: Whether half of the training images are mirrored.
+        """
+        flipped = ", flipped" if flip else ""
+        if self.kind == "small":
+            shifted = f" shifted by up to {self.shift} pixels{flipped}" if self.shift else flipped
+            return f"whole at {side} pixels, for training{shifted or ' as they are'}"
+        resized = round(side * 256 / 224)
+        if self.kind == "stretched":
+            return (
+                f"stretched to {resized}x{resized} pixels, for training random crops of {side}"
+                f"{flipped}, for evaluation the central {side}"
+            )
+        return (
+            f"for training random crops of {_SCALE[0]:.0%} to {_SCALE[1]:.0%} of the area at "
+            f"{side} pixels{flipped}, for evaluation resized to {resized} and the central {side}"
+        )
+
+
+def crop_rule(kind: str, side: int, padding: int | None) -> CropRule:
+    """The rule of a kind of images.
+
+    Args:
+        kind: photographs, small or stretched.
+        side: Of the squares that come out, in pixels.
+        padding: Of small images in training, in pixels; None: an eighth of their side.
+    """
+    if kind == "stretched":
+        return CropRule(kind, StretchedCrop(random=True), StretchedCrop(random=False))
+    if kind == "photographs":
+        return CropRule(kind, RandomResizedCrop(), CenterCrop())
+    whole = CenterCrop(resize=1.0)
+    return CropRule(kind, whole, whole, side // 8 if padding is None else padding)
+
+
+def kind_of_images(sizes: Sequence[tuple[int, int]]) -> str:
+    """small: nearly all are of about one size, of at most 96 pixels; else photographs.
+
+    Images of one small size were cut and resized before, as those of CIFAR (32), Tiny-ImageNet (64)
+    and STL-10 (96) were: another crop would take from what is left.
+
+    Args:
+        sizes: Height and width of some images.
+    """
+    if not sizes:
+        return "photographs"
+    measured = torch.tensor(sizes).double()
+    usual = measured.median(dim=0).values
+    alike = ((measured - usual).abs() <= _ONE_SIZE * usual).all(dim=1)
+    small = usual.max() <= _LARGEST_SMALL and alike.double().mean() >= _NEARLY_ALL
+    return "small" if small else "photographs"
+
+
+def crops_of_record(data: Mapping[str, Any]) -> str:
+    """`data.crops` of a run on disk; of one that is older than the option, what it did then.
+
+    Args:
+        data: The part "data" of the run's configuration.
+    """
+    name, loader = data.get("name"), data.get("loader")
+    if "crops" in data:
+        return data["crops"]
+    if name not in ("folder", "imagenet", "cub200", "tiny_imagenet", "webdataset"):
+        return "auto"
+    if name == "tiny_imagenet" and loader in ("auto", "device"):
+        return "small"
+    if loader == "device":  # that stretched photographs: not to be repeated
+        return "auto"
+    return "stretched" if name == "cub200" else "photographs"
+
+
+def sizes_in_words(sizes: Sequence[tuple[int, int]]) -> str:
+    """Height and width of images that are all alike, else the range of their sides."""
+    if len(set(sizes)) == 1:
+        return "{}x{} pixels".format(*sizes[0])
+    sides = [side for size in sizes for side in size]
+    return f"sides of {min(sides)} to {max(sides)} pixels" if sides else "of unknown size"
 
 
 def side_of_epoch(

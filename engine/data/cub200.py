@@ -9,6 +9,7 @@ CUB_200_2011/images/<class>/<image>     images.txt               <image id> <pat
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,14 @@ import torch
 
 from ..config import DataConfig
 from ..errors import DataError
-from .image_files import FileSet, FolderFiles, read_lines
+from .image_files import (
+    FileSet,
+    FolderFiles,
+    PassedOver,
+    check_files_exist,
+    list_folder,
+    read_lines,
+)
 from .source import find_root
 
 _FILES = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
@@ -27,7 +35,7 @@ def find_cub200(config: DataConfig) -> FileSet:
     """The photographs and the official split.
 
     Raises:
-        DataError: A file is missing, or the tables contradict each other.
+        DataError: A file is missing, or the tables contradict each other or the files.
     """
     root = find_root(config.root, _LAYOUT)
     folder = "CUB_200_2011/" if (root / "CUB_200_2011").is_dir() else ""
@@ -41,6 +49,9 @@ def find_cub200(config: DataConfig) -> FileSet:
             raise DataError(
                 f"{root / folder / name}: image {odd} is in it or in images.txt, but not in both"
             )
+    twice = [path for path, count in Counter(paths.values()).items() if count > 1]
+    if twice:
+        raise DataError(f"{root / folder / 'images.txt'}: {twice[0]!r} is there twice")
     classes = _classes(root / folder / "classes.txt", names)
     splits = []
     for wanted in ("1", "0"):
@@ -51,7 +62,26 @@ def find_cub200(config: DataConfig) -> FileSet:
                 "1 for training images and 0 for test images"
             )
         splits.append(_files(root, folder, chosen, paths, labels, classes))
-    return FileSet(root, *splits, class_names=list(classes.values()))
+    return FileSet(
+        root,
+        *splits,
+        class_names=list(classes.values()),
+        folder=folder.rstrip("/"),
+        layout="images/ by the official split",
+        passed_over=_passed_over(root, folder, set(paths.values())),
+    )
+
+
+def _passed_over(root: Path, folder: str, named: set[str]) -> list[str]:
+    """A line for the files below images/ that images.txt does not name."""
+    passed = PassedOver(root)
+    for entry in list_folder(root / folder / "images"):
+        below = list_folder(Path(entry)) if entry.is_dir() else [None]
+        for file in below:
+            name = entry.name if file is None else f"{entry.name}/{file.name}"
+            if name not in named:
+                passed.add("file", "that images.txt does not name", f"{folder}images/{name}")
+    return passed.lines()
 
 
 def _files(
@@ -70,8 +100,7 @@ def _files(
                 f"{labels[image]!r}, expected one of classes.txt"
             )
     found = [os.fsencode(f"{folder}images/{paths[i]}") for i in chosen]
-    if not (root / os.fsdecode(found[0])).is_file():
-        raise DataError(f"{root / os.fsdecode(found[0])}: no such file, expected {_LAYOUT}")
+    check_files_exist(root, found, root / folder / "images.txt")
     return FolderFiles(root, np.array(found), torch.tensor([position[labels[i]] for i in chosen]))
 
 

@@ -29,7 +29,6 @@ from ..errors import DataError, UsageError
 from .crops import Crops
 from .header import plain_size
 from .image_files import ImageFiles
-from .order import flips
 from .source import Batch
 from .torchvision_loader import FileSplit, cut, decode_rgb
 
@@ -78,9 +77,16 @@ class DaliSplit(FileSplit):
     """A split whose images DALI decodes; on a CUDA device there."""
 
     def __init__(
-        self, files: ImageFiles, crops: Crops, side: int, device: torch.device, *, flip: bool
+        self,
+        files: ImageFiles,
+        crops: Crops,
+        side: int,
+        device: torch.device,
+        *,
+        flip: bool,
+        shift: int = 0,
     ) -> None:
-        super().__init__(files, crops, side, device, flip=flip)
+        super().__init__(files, crops, side, device, flip=flip, shift=shift)
         self.resize_in_dali = device.type == "cuda"
         # Not in use: a stream borrows one, so that streams of several seeds may take turns.
         self._idle: list[_Decoder] = []
@@ -132,6 +138,7 @@ class DaliSplit(FileSplit):
             "loader": "dali",
             "crops": repr(self.crops),
             "side": self.side,
+            **self.describe_shift(),
             "decoder": "nvjpeg" if self.resize_in_dali else "libjpeg-turbo",
             "resize": "dali" if self.resize_in_dali else "torch",
         }
@@ -197,9 +204,9 @@ class DaliSplit(FileSplit):
         return _Work(step, indices, side, encoded, measured.int().numpy(), boxes.numpy())
 
     def _batch(self, work: _Work, seed: int, epoch: int) -> Batch:
-        flip = flips(seed, epoch, work.indices) if self.flip else None
+        crop, flip = self.augmentation(work.indices, seed, epoch)
         assert work.images is not None
-        batch = Batch(work.images, self.labels[work.indices], None, flip, work.indices)
+        batch = Batch(work.images, self.labels[work.indices], crop, flip, work.indices)
         return batch.to(self.device)
 
     def _borrow(self, threads: int, largest_batch: int) -> _Decoder:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from ..config import DataConfig
 from ..errors import DataError, UsageError
-from .file_data import SOURCES, choose_loader, find_files
+from .crops import crop_rule
+from .file_data import SOURCES, check_loader, choose_loader, find_files, find_rule
+from .look import look_into
 from .source import num_forms, split_limits
 
 
@@ -42,17 +44,17 @@ KNOWN = {
     "cifar100": DataFacts(50_000, 10_000, 100, 32, True, "CIFAR-100", 4),
     "fashion_mnist": DataFacts(60_000, 10_000, 10, 28, True, "Fashion-MNIST", 2),
 }
-# Image files: training and test images, classes
+# Image files: training and test images, classes, how `auto` cuts them
 _IMAGENET = (1_281_167, 50_000, 1000)
 _FILES = {
-    "imagenet": _IMAGENET,
-    "cub200": (5_994, 5_794, 200),
-    "tiny_imagenet": (100_000, 10_000, 200),
+    "imagenet": (_IMAGENET, "photographs"),
+    "cub200": ((5_994, 5_794, 200), "photographs"),
+    "tiny_imagenet": ((100_000, 10_000, 200), "small"),
 }
 
 
 def data_facts(data: DataConfig) -> DataFacts:
-    """Number, size and classes of the images, without reading one.
+    """Number, size and classes of the images; of files the headers of some are read.
 
     Raises:
         DataError: Image files of unknown number, or such as were named and are missing or broken.
@@ -72,7 +74,8 @@ def data_facts(data: DataConfig) -> DataFacts:
 
 
 def _facts_of_files(data: DataConfig) -> DataFacts:
-    root, found = data.root, None
+    check_loader(data)
+    root, found, kind = data.root, None, "photographs"
     if root:
         found = find_files(data)
     elif os.environ.get("DFPTKD_DATA"):
@@ -81,9 +84,12 @@ def _facts_of_files(data: DataConfig) -> DataFacts:
             found = find_files(dataclasses.replace(data, root=root))
     if found is not None:
         counts = (len(found.train), len(found.test), len(found.class_names))
+        rule, _ = find_rule(data, [look_into(files) for files in (found.train, found.test)])
+        kind = rule.kind
         source = f"counted in {root}"
     elif data.name in _FILES:
-        counts, source = _FILES[data.name], f"{data.name}'s published numbers"
+        counts, kind = _FILES[data.name]
+        source = f"{data.name}'s published numbers"
     elif data.num_classes == _IMAGENET[2]:
         counts, source = _IMAGENET, "ImageNet's, no image folder given"
     else:
@@ -91,6 +97,8 @@ def _facts_of_files(data: DataConfig) -> DataFacts:
             f"{data.name} data of {data.num_classes} classes: expected --data.root, to count its "
             f"images (of {_IMAGENET[2]} classes ImageNet's are assumed)"
         )
-    resident = choose_loader(data) == "device"
-    padding = data.image_size // 8 if resident else 0
-    return DataFacts(*counts, data.image_size, resident, source, padding)
+    if data.crops != "auto":
+        kind = data.crops
+    rule = crop_rule(kind, data.image_size, data.crop_padding)
+    resident = choose_loader(data, rule, counts[0] + counts[1]) == "device" and rule.is_fixed
+    return DataFacts(*counts, data.image_size, resident, source, rule.shift)

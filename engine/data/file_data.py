@@ -1,11 +1,11 @@
-"""From image files to batches: which samples there are, which are replaced, what decodes them."""
+"""From image files to batches: which samples there are, how they are cut, what decodes them."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,21 @@ from torch import Tensor
 from ..config import DataConfig
 from ..errors import DataError, UsageError
 from ..memory import available_bytes
-from .crops import CenterCrop, Crops, RandomResizedCrop, StretchedCrop, WholeImage
+from .crops import CropRule, Crops, crop_rule, kind_of_images, sizes_in_words
 from .cub200 import find_cub200
 from .folder import find_folder
 from .image_files import FileSet, ImageFiles
 from .imagenet import find_imagenet
-from .quarantine import Quarantine, check_share, find_quarantine
+from .look import Look, look_into
+from .quarantine import check_share, find_quarantine
 from .source import (
     Augmentation,
     Batch,
+    DataIdentity,
     ImageData,
     ResidentSplit,
     Split,
+    digest_of_names,
     split_limits,
     spread_over_classes,
 )
@@ -46,7 +49,7 @@ _FIND = {
     "webdataset": find_webdataset,
 }
 SOURCES = tuple(_FIND)
-_SMALL = ("tiny_imagenet",)  # `auto` keeps these on the device as a whole
+_RESIDENT_BYTES = 4 << 30  # of small images that `auto` keeps on the device as a whole
 _KEPT_SHARE = 0.25  # of the free memory that decoded test images may take
 _DECODE_BATCH = 256
 
@@ -59,12 +62,13 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
             are in quarantine.
         UsageError: A loader that is not there, or does not apply.
     """
-    loader = choose_loader(config)
+    check_loader(config)
     found = find_files(config)
-    quarantine, path = find_quarantine(found.root, config.quarantine)
+    looks = [look_into(files) for files in (found.train, found.test)]
+    rule, rule_in_words = find_rule(config, looks)
+    quarantine, path = find_quarantine(found, config.quarantine)
     train_limit, test_limit = split_limits(config)
     train = _limited(found.train, train_limit)
-    _check_names(quarantine, path, found, config)
     listed = train.among(quarantine.images)
     check_share(listed, config.max_quarantined, path)
     wanted = _limited(found.test, test_limit)
@@ -74,19 +78,23 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
     if listed.any():
         notes.append(
             f"{int(listed.sum())} of {len(train)} training images are in quarantine ({path}): "
-            "others of their class take their places"
+            + _who_takes_their_places(listed, train.labels, found.class_names)
         )
     if skipped:
         notes.append(
             f"evaluated without {skipped} of {len(wanted)} test images, which are in quarantine"
         )
-    splits = {}
-    for name, files in (("train", train), ("test", test)):
-        bad = listed if name == "train" else None
-        splits[name] = _split(loader, files, config, device, bad, training=name == "train")
+    loader = choose_loader(config, rule, len(train) + len(test))
+    make = _Maker(config, rule, loader, device)
+    splits = {"train": make.train(train, listed), "test": make.test(test)}
+    if loader == "device" and not rule.is_fixed:
+        rule_in_words += "; each epoch cuts the training images anew, the others stay on the device"
     splits["train"].listed = listed if listed.any() else None
-    if loader not in ("device", "synthetic") and config.keep_test:
-        splits["test"] = KeptSplit(splits["test"], device, config.image_size)
+    contents = [look.content for look in looks]
+    if loader == "synthetic":  # the labels are real, the images are made up
+        side = config.image_size
+        contents = [digest_of_names([c, f"synthetic images of {side} pixels"]) for c in contents]
+        rule_in_words = "made up"
     return ImageData(
         name=config.name,
         train=splits["train"],
@@ -102,7 +110,14 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
             "quarantined": hashlib.sha256(np.packbits(listed.numpy()).tobytes()).hexdigest()[:16],
         },
         notes=notes,
+        passed_over=found.passed_over,
         skipped_test=skipped,
+        identity=DataIdentity(digest_of_names(found.class_names), *contents),
+        preprocessing={
+            "layout": found.layout,
+            **rule.describe(config.image_size, config.flip),
+            "in_words": f"images of {found.layout}: {rule_in_words}",
+        },
     )
 
 
@@ -112,93 +127,158 @@ def find_files(config: DataConfig) -> FileSet:
     Raises:
         DataError: Files, classes or labels are missing or contradict each other.
     """
-    return _FIND[config.name](config)
+    found = _FIND[config.name](config)
+    labels = [files.labels.unique().tolist() for files in (found.train, found.test)]
+    untrained = sorted(set(labels[1]) - set(labels[0]))
+    if untrained:
+        raise DataError(
+            f"{found.root}: test images and no training image of {len(untrained)} of "
+            f"{len(found.class_names)} classes, first {found.class_names[untrained[0]]!r}"
+        )
+    return found
 
 
-def choose_loader(config: DataConfig) -> str:
-    """dali, torchvision, device or synthetic: `data.loader` after `auto` is resolved.
+def find_rule(config: DataConfig, looks: Sequence[Look]) -> tuple[CropRule, str]:
+    """How the images are cut, and a line that says so and why.
+
+    Args:
+        config: What a user asks for.
+        looks: Into both splits, as a whole: a limit changes nothing.
+    """
+    sizes = [size for look in looks for size in look.sizes]
+    kind = kind_of_images(sizes) if config.crops == "auto" else config.crops
+    rule = crop_rule(kind, config.image_size, config.crop_padding)
+    why = f"by {len(sizes)} headers" if config.crops == "auto" else f"--data.crops {kind}"
+    words = rule.in_words(config.image_size, config.flip)
+    return rule, f"{sizes_in_words(sizes)}, cut as {kind} ({why}): {words}"
+
+
+def check_loader(config: DataConfig) -> None:
+    """Refuse a loader that no data could use.
 
     Raises:
         UsageError: DALI is asked for and not installed, or progressive resizing of images that
             stay on the device.
     """
-    loader = config.loader
-    has_dali = importlib.util.find_spec("nvidia") is not None and bool(
-        importlib.util.find_spec("nvidia.dali")
-    )
-    if loader == "dali" and not has_dali:
+    if config.loader == "dali" and not _has_dali():
         raise UsageError(
             "data.loader='dali': DALI is not installed: expected pip install 'dfptkd[dali]', or "
             "--data.loader torchvision"
         )
-    if loader == "auto":
-        loader = "device" if config.name in _SMALL else "dali" if has_dali else "torchvision"
-    if loader == "device" and config.start_size is not None:
-        raise UsageError(
-            "data.start_size with images that stay on the device: expected --data.loader dali or "
-            "torchvision"
-        )
-    return loader
+    if config.loader == "device" and config.start_size is not None:
+        raise UsageError(_NO_RESIZING)
 
 
-def crops_of(config: DataConfig, training: bool) -> Crops:
-    """How a data set's images are cut."""
-    if config.name == "cub200":
-        return StretchedCrop(random=training)
-    return RandomResizedCrop() if training else CenterCrop()
+_NO_RESIZING = (
+    "data.start_size with images that stay on the device: expected --data.loader dali or "
+    "torchvision"
+)
 
 
-def _split(
-    loader: str,
-    files: ImageFiles,
-    config: DataConfig,
-    device: torch.device,
-    listed: Tensor | None,
-    *,
-    training: bool,
-) -> Split:
-    crops, side, flip = crops_of(config, training), config.image_size, config.flip and training
-    if loader == "synthetic":
-        return SyntheticBank(files.labels, side, device, flip=flip)
-    if loader == "device":
-        return _resident(files, config, device, listed, training)
-    if loader == "dali":
-        from .dali import DaliSplit
+def choose_loader(config: DataConfig, rule: CropRule, num_images: int) -> str:
+    """dali, torchvision, device or synthetic: `data.loader` after `auto` is resolved.
 
-        return DaliSplit(files, crops, side, device, flip=flip)
-    return TorchvisionSplit(files, crops, side, device, flip=flip)
+    Args:
+        config: What a user asks for.
+        rule: How the images are cut.
+        num_images: Of both splits.
 
-
-def _resident(
-    files: ImageFiles,
-    config: DataConfig,
-    device: torch.device,
-    listed: Tensor | None,
-    training: bool,
-) -> ResidentSplit:
-    """All images decoded once, each stretched to a square; training then crops out of a padding.
-
-    Those that are `listed` (bool [N]) stay black: nobody asks for them.
+    Raises:
+        UsageError: Progressive resizing of images that stay on the device.
     """
-    side = config.image_size
-    need, free = len(files) * side * side * 3, available_bytes(device)
-    if need > 0.8 * free:
-        raise DataError(
-            f"data.loader='device': {len(files)} images of {side}x{side} take "
-            f"{need / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB free on {device}: expected "
-            "--data.loader dali or torchvision"
-        )
-    decoding = TorchvisionSplit(files, WholeImage(), side, torch.device("cpu"), flip=False)
-    images = torch.zeros(len(files), side, side, 3, dtype=torch.uint8, device=device)
-    sound = torch.arange(len(files)) if listed is None else (~listed).nonzero()[:, 0]
-    rows = sound.split(_DECODE_BATCH)
-    for batch in decoding.stream(rows, seed=0, epoch=0, workers=config.workers):
-        images[batch.indices.to(device)] = batch.images.to(device)
-    augmentation = None
-    if training:
-        padding = side // 8 if config.crop_padding is None else config.crop_padding
-        augmentation = Augmentation(len(files), padding, config.flip, device)
-    return ResidentSplit(images, files.labels.to(device), augmentation)
+    if config.loader != "auto":
+        return config.loader
+    fits = num_images * config.image_size**2 * 3 <= _RESIDENT_BYTES
+    if not (rule.kind == "small" and fits):
+        return _decoder()
+    if config.start_size is not None:
+        raise UsageError(_NO_RESIZING)
+    return "device"
+
+
+def _has_dali() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and bool(
+        importlib.util.find_spec("nvidia.dali")
+    )
+
+
+def _decoder() -> str:
+    """What decodes images anew in every epoch, unless a user says so."""
+    return "dali" if _has_dali() else "torchvision"
+
+
+def _who_takes_their_places(listed: Tensor, labels: Tensor, class_names: list[str]) -> str:
+    """Which images stand in for the listed ones, see `quarantine.replace_listed`."""
+    gone = sorted(set(labels[listed].tolist()) - set(labels[~listed].tolist()))
+    if not gone:
+        return "others of their class take their places"
+    lost = "1 class has" if len(gone) == 1 else f"{len(gone)} classes have"
+    own = "" if set(labels[listed].tolist()) == set(gone) else "others of their class, or "
+    return (
+        f"{lost} no sound image left (first {class_names[gone[0]]!r}); {own}images of other "
+        "classes take their places"
+    )
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What makes the splits of a run."""
+
+    config: DataConfig
+    rule: CropRule
+    loader: str
+    device: torch.device
+
+    def train(self, files: ImageFiles, listed: Tensor) -> Split:
+        """The training split; of images that each epoch cuts anew none can stay on the device."""
+        config, rule = self.config, self.rule
+        if self.loader == "synthetic":
+            return SyntheticBank(files.labels, config.image_size, self.device, flip=config.flip)
+        if self.loader == "device" and rule.is_fixed:
+            shifts = Augmentation(len(files), rule.shift, config.flip, self.device)
+            return self._resident(files, rule.train, ~listed, shifts)
+        return self._decoding(files, rule.train, flip=config.flip, shift=rule.shift)
+
+    def test(self, files: ImageFiles) -> Split:
+        """The test split, whose images are decoded once where the device's memory holds them."""
+        if self.loader == "synthetic":
+            return SyntheticBank(files.labels, self.config.image_size, self.device, flip=False)
+        if self.loader == "device":
+            sound = torch.ones(len(files), dtype=torch.bool)
+            return self._resident(files, self.rule.test, sound, None)
+        split = self._decoding(files, self.rule.test, flip=False)
+        if not self.config.keep_test:
+            return split
+        return KeptSplit(split, self.device, self.config.image_size)
+
+    def _decoding(self, files: ImageFiles, crops: Crops, *, flip: bool, shift: int = 0) -> Split:
+        loader = _decoder() if self.loader == "device" else self.loader
+        side = self.config.image_size
+        if loader == "dali":
+            from .dali import DaliSplit
+
+            return DaliSplit(files, crops, side, self.device, flip=flip, shift=shift)
+        return TorchvisionSplit(files, crops, side, self.device, flip=flip, shift=shift)
+
+    def _resident(
+        self, files: ImageFiles, crops: Crops, sound: Tensor, shifts: Augmentation | None
+    ) -> ResidentSplit:
+        """All images decoded once; those that are not `sound` (bool [N]) stay black: nobody asks
+        for them."""
+        side, device = self.config.image_size, self.device
+        need, free = len(files) * side * side * 3, available_bytes(device)
+        if need > 0.8 * free:
+            raise DataError(
+                f"data.loader='device': {len(files)} images of {side}x{side} take "
+                f"{need / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB free on {device}: expected "
+                "--data.loader dali or torchvision"
+            )
+        decoding = TorchvisionSplit(files, crops, side, torch.device("cpu"), flip=False)
+        images = torch.zeros(len(files), side, side, 3, dtype=torch.uint8, device=device)
+        rows = sound.nonzero()[:, 0].split(_DECODE_BATCH)
+        for batch in decoding.stream(rows, seed=0, epoch=0, workers=self.config.workers):
+            images[batch.indices.to(device)] = batch.images.to(device)
+        return ResidentSplit(images, files.labels.to(device), shifts)
 
 
 class KeptSplit(Split):
@@ -284,21 +364,3 @@ def _sound_test_images(files: ImageFiles, listed: dict[str, str], config: DataCo
             "sound files, or --data.skip-quarantined"
         )
     return files.take((~among).nonzero()[:, 0])
-
-
-def _check_names(
-    quarantine: Quarantine, path: Path | None, found: FileSet, config: DataConfig
-) -> None:
-    """Refuse a list that was named and speaks of other files.
-
-    Raises:
-        DataError: None of its images is in either split.
-    """
-    names = quarantine.images
-    if config.quarantine is None or not names:
-        return
-    if not (found.train.among(names).any() or found.test.among(names).any()):
-        raise DataError(
-            f"{path}: {next(iter(names))!r} and the others are not below {found.root}: expected a "
-            f"list by dfptkd verify-data {found.root}"
-        )

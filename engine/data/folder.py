@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import DataError
-from .image_files import FileSet, class_folders, list_folder
+from .image_files import BESIDE, FileSet, PassedOver, class_folders, list_folder
 from .source import find_root
 
 LAYOUT = "train/<class>/<image> and val/<class>/<image> (or test/ in place of val/)"
@@ -20,54 +21,78 @@ def find_folder(config: DataConfig) -> FileSet:
     """
     root = find_root(config.root, LAYOUT)
     train, test = split_folders(root)
-    names = class_names(train)
-    check_same_classes(train, names, test, class_names(test))
-    labels = range(len(names))
-    splits = [class_folders(root, [f"{s.name}/{n}" for n in names], labels) for s in (train, test)]
-    return FileSet(root, *splits, class_names=names)
+    passed = PassedOver(root)
+    names, test_names = (class_names(root, split, passed) for split in (train, test))
+    check_classes(root / test, names, test_names, f"{train}/ has")
+    check_classes(root / train, test_names, names, f"{test}/ has")
+    files = [
+        class_folders(root, [f"{split}/{name}" for name in names], range(len(names)), passed)
+        for split in (train, test)
+    ]
+    layout = f"{train}/ and {test}/"
+    if test == "val" and (root / "test").is_dir():
+        layout += " (test/ is not read)"
+    return FileSet(root, *files, class_names=names, layout=layout, passed_over=passed.lines())
 
 
-def split_folders(root: Path) -> tuple[Path, Path]:
-    """The folders of the training and of the test images.
+def split_folders(root: Path, folder: str = "", layout: str = LAYOUT) -> tuple[str, str]:
+    """The folders of the training and of the test images, as paths below `root`.
+
+    Args:
+        root: The data folder.
+        folder: Where to look for them below it: "", or a path that ends in a slash.
+        layout: What is expected, for the message.
 
     Raises:
         DataError: One is missing.
     """
-    train = root / "train"
-    tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-    if not train.is_dir():
-        raise DataError(f"{root}: found no folder train/, expected {LAYOUT}")
+    tests = [name for name in ("val", "test") if (root / folder / name).is_dir()]
+    if not (root / folder / "train").is_dir():
+        raise DataError(f"{root / folder}: found no folder train/, expected {layout}")
     if not tests:
-        raise DataError(f"{root}: found train/ but neither val/ nor test/, expected {LAYOUT}")
-    return train, tests[0]
+        raise DataError(
+            f"{root / folder}: found train/ but neither val/ nor test/, expected {layout}"
+        )
+    return f"{folder}train", f"{folder}{tests[0]}"
 
 
-def class_names(folder: Path) -> list[str]:
-    """Names of the class folders, sorted.
+def class_names(root: Path, split: str, passed: PassedOver) -> list[str]:
+    """Names of the class folders, sorted; files beside them are counted.
+
+    Args:
+        root: The data folder.
+        split: The folder of the class folders, a path below it.
+        passed: Counts what is not read.
 
     Raises:
         DataError: There are fewer than two.
     """
-    names = [entry.name for entry in list_folder(folder) if entry.is_dir()]
+    names = []
+    for entry in list_folder(root / split):
+        if entry.is_dir():
+            names.append(entry.name)
+        else:
+            passed.add(*BESIDE, f"{split}/{entry.name}")
     if len(names) < 2:
-        raise DataError(f"{folder}: found {len(names)} class folders, expected at least 2")
+        raise DataError(f"{root / split}: found {len(names)} class folders, expected at least 2")
     return names
 
 
-def check_same_classes(
-    train_folder: Path, train_names: list[str], test_folder: Path, test_names: list[str]
+def check_classes(
+    folder: Path, wanted: Collection[str], there: Collection[str], asked_by: str
 ) -> None:
-    """Refuse splits of different classes.
+    """Refuse a split that lacks classes.
+
+    Args:
+        folder: The split's folder.
+        wanted: Classes that it must have.
+        there: Classes that it has.
+        asked_by: Who says so, with a verb: "train/ has".
 
     Raises:
-        DataError: With the first class that one of them lacks.
+        DataError: With the first class that is missing.
     """
-    for folder, missing in (
-        (test_folder, sorted(set(train_names) - set(test_names))),
-        (train_folder, sorted(set(test_names) - set(train_names))),
-    ):
-        if missing:
-            raise DataError(
-                f"{folder}: lacks {len(missing)} classes of the other split, first {missing[0]!r}, "
-                f"expected the same classes in {train_folder.name}/ and {test_folder.name}/"
-            )
+    missing = sorted(set(wanted) - set(there))
+    if missing:
+        count = "1 class" if len(missing) == 1 else f"{len(missing):,} classes"
+        raise DataError(f"{folder}: lacks {count} that {asked_by}, first {missing[0]!r}")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,10 @@ from torch import Tensor
 from ..errors import DataError
 from .source import read_bytes
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+SUFFIXES = (
+    ".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+    ".jp2", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 
 
 class ImageFiles:
@@ -26,6 +29,8 @@ class ImageFiles:
 
     labels: Tensor
     """int64 [N], on the CPU."""
+    names: np.ndarray
+    """bytes [N]: paths of the files below what holds them."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,6 +55,11 @@ class ImageFiles:
         """bool [N]: which samples have one of these names."""
         found = [self.name(sample) in names for sample in range(len(self))] if names else []
         return torch.tensor(found, dtype=torch.bool) if found else torch.zeros(len(self)).bool()
+
+    def members(self) -> Iterator[tuple[str, str, int | None, int]]:
+        """`name`, the file that holds it, its first byte there and its size, of each sample; None
+        and 0: it is the whole file."""
+        raise NotImplementedError
 
     def take(self, chosen: Tensor) -> ImageFiles:
         """The samples `chosen` (int64 [M]) alone, in that order."""
@@ -87,6 +97,10 @@ class FolderFiles(ImageFiles):
 
     def read(self, sample: int) -> bytes:
         return read_bytes(self.root / self.name(sample))
+
+    def members(self) -> Iterator[tuple[str, str, int | None, int]]:
+        for sample in range(len(self)):
+            yield self.name(sample), self.where(sample), None, 0
 
     def take(self, chosen: Tensor) -> FolderFiles:
         return FolderFiles(self.root, self.names[chosen.numpy()], self.labels[chosen])
@@ -131,6 +145,10 @@ class TarFiles(ImageFiles):
             raise DataError(f"{path}: ends within {self.name(sample)}, expected {size} bytes of it")
         return data
 
+    def members(self) -> Iterator[tuple[str, str, int | None, int]]:
+        for sample, (shard, start, size) in enumerate(self.places.tolist()):
+            yield self.name(sample), str(self.root / self.shards[shard]), start, size
+
     def take(self, chosen: Tensor) -> TarFiles:
         names = self.names[chosen.numpy()]
         return TarFiles(self.root, self.shards, self.places[chosen], names, self.labels[chosen])
@@ -147,6 +165,70 @@ class FileSet:
     train: ImageFiles
     test: ImageFiles
     class_names: list[str]
+    folder: str = ""
+    """Where the data set lies below `root`, with slashes; "": right there."""
+    layout: str = ""
+    """Where the images and their labels were found, in words."""
+    passed_over: list[str] = field(default_factory=list)
+    """What lies there and is not read, a line a kind."""
+
+
+class PassedOver:
+    """Files among a data set's images that no run reads, counted by the reason.
+
+    Args:
+        root: The data folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._found: dict[tuple[str, str], tuple[int, str]] = {}  # kind -> how many, the first
+        self._notes: list[str] = []
+
+    def add(self, what: str, reason: str, path: str) -> None:
+        """Count a file or folder by what it is, why it is not read, and its path below `root`."""
+        count, first = self._found.get((what, reason), (0, path))
+        self._found[what, reason] = (count + 1, min(first, path))
+
+    def note(self, line: str) -> None:
+        """Take a line about images that are left out for another reason."""
+        self._notes.append(line)
+
+    def add_folder(self, folder: str) -> list[str]:
+        """Count the files at any depth below `folder`, a path below the data folder.
+
+        Returns:
+            The images among them.
+        """
+        images = []
+        for above, _, files in os.walk(self.root / folder):
+            inside = Path(above).relative_to(self.root).as_posix()
+            for name in sorted(filter(_is_shown, files)):
+                if is_image_name(name):
+                    images.append(f"{inside}/{name}")
+                else:
+                    self.add(*_NO_IMAGE, f"{inside}/{name}")
+        for path in images:
+            self.add(*_DEEPER, path)
+        return images
+
+    def lines(self) -> list[str]:
+        """A line for each kind: how many, and one of them."""
+        return self._notes + [
+            f"passed over: {count:,} {what}{'s' * (count > 1)} {reason} (first: {first})"
+            for (what, reason), (count, first) in self._found.items()
+        ]
+
+
+_NO_IMAGE = ("file", "whose ending is not that of an image")
+_DEEPER = ("image", "in a folder below that of its class")
+BESIDE = ("file", "beside the folders of the classes")
+_OF_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx", "@eadir")
+
+
+def _is_shown(name: str) -> bool:
+    """Whether a file or folder counts: not hidden, not left behind by a system or an archive."""
+    return not name.startswith(".") and name.lower() not in _OF_SYSTEMS
 
 
 def is_image_name(name: str) -> bool:
@@ -156,45 +238,86 @@ def is_image_name(name: str) -> bool:
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted by name, hidden entries left out.
+    """What lies in a folder, sorted by name; what is hidden or a system's own is left out.
 
     Raises:
         DataError: It cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+            return sorted((e for e in entries if _is_shown(e.name)), key=lambda e: e.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
-def list_images(root: Path, folder: str) -> list[bytes]:
-    """Paths below `root` of the images right in `folder`, sorted.
+def list_images(root: Path, folder: str, passed: PassedOver) -> list[bytes]:
+    """Paths below `root` of the images right in `folder`, sorted; all else is counted.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
-    files = [entry.name for entry in list_folder(root / folder) if is_image_name(entry.name)]
+    files, deeper = [], []
+    for entry in list_folder(root / folder):
+        if entry.is_dir():
+            deeper += passed.add_folder(f"{folder}/{entry.name}")
+        elif is_image_name(entry.name):
+            files.append(os.fsencode(f"{folder}/{entry.name}"))
+        else:
+            passed.add(*_NO_IMAGE, f"{folder}/{entry.name}")
     if not files:
-        raise DataError(f"{root / folder}: no image, expected files named {' '.join(SUFFIXES)}")
-    return [os.fsencode(f"{folder}/{file}") for file in files]
+        raise DataError(
+            f"{root / folder}: no image"
+            + (f" right in it, but {len(deeper)} deeper ({min(deeper)})" if deeper else "")
+            + f", expected files named {' '.join(SUFFIXES)}"
+        )
+    return files
 
 
-def class_folders(root: Path, folders: Sequence[str], labels: Sequence[int]) -> FolderFiles:
+def class_folders(
+    root: Path, folders: Sequence[str], labels: Sequence[int], passed: PassedOver
+) -> FolderFiles:
     """The images of `folders` below `root`, folder by folder in sorted order.
 
     Args:
         root: The data folder.
         folders: Paths below it, one a class.
         labels: The label of each folder.
+        passed: Counts what is not read.
 
     Raises:
         DataError: A folder holds no image.
     """
-    found = [list_images(root, folder) for folder in folders]
+    found = [list_images(root, folder, passed) for folder in folders]
     counts = torch.tensor([len(files) for files in found])
     names = np.array([name for files in found for name in files])
     return FolderFiles(root, names, torch.repeat_interleave(torch.tensor(labels), counts))
+
+
+def check_files_exist(root: Path, names: Sequence[bytes], asked_by: Path) -> None:
+    """Refuse a table that names files which are not there.
+
+    Args:
+        root: The data folder.
+        names: Paths below it.
+        asked_by: The table.
+
+    Raises:
+        DataError: With the first of them.
+    """
+    folders: dict[str, set[str]] = {}
+    missing = []
+    for name in map(os.fsdecode, names):
+        folder, _, file = name.rpartition("/")
+        if folder not in folders:
+            there = (root / folder).is_dir()
+            folders[folder] = set(os.listdir(root / folder)) if there else set()
+        if file not in folders[folder]:
+            missing.append(name)
+    if missing:
+        raise DataError(
+            f"{root / missing[0]}: no such file, but {asked_by.name} names it"
+            + (f" ({len(missing)} files are missing)" if len(missing) > 1 else "")
+        )
 
 
 def read_lines(path: Path) -> list[str]:

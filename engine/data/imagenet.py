@@ -2,19 +2,22 @@
 
     val/<WordNet id>/*.JPEG                 sorted into classes by the usual script
     val/ILSVRC2012_val_00000001.JPEG ...    flat, as published, with labels from
-        ILSVRC2012_devkit_t12/ or ILSVRC2012_devkit_t12.tar.gz (official), or LOC_val_solution.csv
+        ILSVRC2012_devkit_t12/ or ILSVRC2012_devkit_t12.tar.gz (official), LOC_val_solution.csv, or
+        Annotations/CLS-LOC/val/ILSVRC2012_val_00000001.xml ... (Kaggle)
 
-A class is the place of its WordNet id among the 1000 sorted ones, the order of all published
-networks; a folder with fewer classes keeps those numbers.
+beside train/ or, as Kaggle has it, below ILSVRC/Data/CLS-LOC/ with the labels beside ILSVRC/ and in
+it. A class is the place of its WordNet id among the 1000 sorted ones, the order of all published
+networks; a folder with fewer classes keeps those numbers, and is tested on their images alone.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +25,13 @@ import torch
 
 from ..config import DataConfig
 from ..errors import DataError, UsageError
-from .folder import check_same_classes, class_names, split_folders
+from .folder import check_classes, class_names, split_folders
 from .image_files import (
     FileSet,
     FolderFiles,
+    PassedOver,
     class_folders,
+    is_image_name,
     list_folder,
     list_images,
     read_lines,
@@ -34,46 +39,106 @@ from .image_files import (
 from .source import find_root, read_bytes
 
 NUM_CLASSES = 1000
+WORDNET_ID = re.compile(r"n\d{8}")
+KAGGLE = ("ILSVRC/Data/CLS-LOC/", "Data/CLS-LOC/")
+_IMAGE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
-_CSV = "LOC_val_solution.csv"
+CSV = "LOC_val_solution.csv"
+_BOXES = "Annotations/CLS-LOC/val"
 _LAYOUT = (
     "train/<WordNet id>/ and val/<WordNet id>/, or flat val/ILSVRC2012_val_*.JPEG beside "
-    f"{_DEVKIT}/ (or its .tar.gz, or {_CSV})"
+    f"{_DEVKIT}/ (or its .tar.gz, or {CSV})"
 )
 
 
 def find_imagenet(config: DataConfig) -> FileSet:
     """The images of both splits, classes numbered as in every published network.
 
+    Of the validation images those of classes that are trained.
+
     Raises:
         DataError: A folder, class, label or image is missing or not ImageNet's.
         UsageError: A package that the official labels need is missing.
     """
     root = find_root(config.root, _LAYOUT)
-    train_folder, val_folder = split_folders(root)
-    found = class_names(train_folder)
-    odd = [name for name in found if not re.fullmatch(r"n\d{8}", name)]
+    folder = data_folder(root)
+    train_folder, val_folder = split_folders(root, folder, _LAYOUT)
+    passed = PassedOver(root)
+    found = class_names(root, train_folder, passed)
+    odd = [name for name in found if not WORDNET_ID.fullmatch(name)]
     if odd:
         raise DataError(
-            f"{train_folder / odd[0]}: no WordNet id, expected folders like n01440764 (--data.name "
-            "folder takes any names)"
+            f"{root / train_folder / odd[0]}: no WordNet id, expected folders like n01440764 "
+            "(--data.name folder takes any names)"
         )
-    names = _all_classes(train_folder, found)
-    train = _by_class(root, train_folder, found, names)
-    if any(entry.is_dir() for entry in list_folder(val_folder)):
-        val_found = class_names(val_folder)
-        check_same_classes(train_folder, found, val_folder, val_found)
-        return FileSet(root, train, _by_class(root, val_folder, val_found, names), names)
-    return FileSet(root, train, _flat(root, val_folder, names), names)
+    names = _all_classes(root / train_folder, found)
+    train = _by_class(root, train_folder, found, names, passed)
+    entries = list_folder(root / val_folder)
+    if any(entry.is_dir() for entry in entries):
+        flat = [entry.name for entry in entries if is_image_name(entry.name)]
+        if flat:
+            raise DataError(
+                f"{root / val_folder / flat[0]}: beside class folders ({len(flat):,} in all), "
+                "expected all images flat or all sorted"
+            )
+        there = class_names(root, val_folder, passed)
+        unknown = sorted(set(there) - set(names))
+        if unknown:
+            raise DataError(
+                f"{root / val_folder / unknown[0]}: none of the classes of {train_folder}/ or of "
+                "ImageNet's"
+            )
+        val, words = _by_class(root, val_folder, there, names, passed), "sorted val/"
+    else:
+        val, words = _flat(root, val_folder, names, found, passed)
+    tested = [names[label] for label in val.labels.unique().tolist()]
+    check_classes(root / val_folder, found, tested, f"{train_folder}/ has")
+    trained = torch.isin(val.labels, train.labels.unique())
+    if not trained.all():
+        passed.note(
+            f"tested on {int(trained.sum()):,} of {len(val):,} validation images: those of the "
+            f"{len(found):,} classes with training images, {len(tested) - len(found):,} have none"
+        )
+        val = val.take(trained.nonzero()[:, 0])
+    return FileSet(
+        root,
+        train,
+        val,
+        class_names=names,
+        folder=folder.rstrip("/"),
+        layout=f"train/ and {words}",
+        passed_over=passed.lines(),
+    )
+
+
+def data_folder(root: Path) -> str:
+    """Where train/ lies below `root`, "" or with a slash at its end."""
+    kaggle = (folder for folder in KAGGLE if (root / folder / "train").is_dir())
+    return "" if (root / "train").is_dir() else next(kaggle, "")
+
+
+def are_classes(found: Collection[str]) -> bool:
+    """Whether these WordNet ids are ImageNet's, as far as it is known here."""
+    if len(found) == NUM_CLASSES:
+        return True
+    try:
+        return set(found) <= set(_published_ids())
+    except UsageError:  # the package that has the list is missing: no run could number them
+        return False
+
+
+@functools.cache
+def _published_ids() -> tuple[str, ...]:
+    from ..models.external import imagenet_wordnet_ids
+
+    return tuple(imagenet_wordnet_ids())
 
 
 def _all_classes(train_folder: Path, found: list[str]) -> list[str]:
     if len(found) == NUM_CLASSES:
         return found
-    from ..models.external import imagenet_wordnet_ids
-
-    names = imagenet_wordnet_ids()
+    names = list(_published_ids())
     unknown = sorted(set(found) - set(names))
     if unknown:
         raise DataError(
@@ -83,42 +148,109 @@ def _all_classes(train_folder: Path, found: list[str]) -> list[str]:
     return names
 
 
-def _by_class(root: Path, folder: Path, found: list[str], names: list[str]) -> FolderFiles:
+def _by_class(
+    root: Path, folder: str, found: list[str], names: list[str], passed: PassedOver
+) -> FolderFiles:
     position = {name: i for i, name in enumerate(names)}
     labels = [position[name] for name in found]
-    return class_folders(root, [f"{folder.name}/{name}" for name in found], labels)
+    return class_folders(root, [f"{folder}/{name}" for name in found], labels, passed)
 
 
-def _flat(root: Path, folder: Path, names: list[str]) -> FolderFiles:
-    """The validation images of a flat folder, in the order of their numbers."""
-    images = list_images(root, folder.name)
+# Flat validation images ---------------------------------------------------------------------------
+
+
+def _flat(
+    root: Path, folder: str, names: list[str], trained: list[str], passed: PassedOver
+) -> tuple[FolderFiles, str]:
+    """The validation images of a flat folder, in the order of their numbers, and where their labels
+    are from.
+
+    Raises:
+        DataError: An image without label, or a labelled one of a trained class that is not there.
+    """
+    images = list_images(root, folder, passed)
+    stems = [Path(os.fsdecode(image)).stem for image in images]
     position = {name: i for i, name in enumerate(names)}
-    truth = _labels_by_image(root, images)
+    truth, source = _labels_by_image(root / folder, stems)
     labels = []
-    for image in images:
-        label = truth.get(Path(os.fsdecode(image)).stem)
+    for image, stem in zip(images, stems, strict=True):
+        label = truth.get(stem)
         if label not in position:
-            raise DataError(f"{root / os.fsdecode(image)}: no label for it, expected {_LAYOUT}")
+            raise DataError(
+                f"{root / os.fsdecode(image)}: no label for it in {source}, expected {_LAYOUT}"
+            )
         labels.append(position[label])
-    return FolderFiles(root, np.array(images), torch.tensor(labels))
-
-
-def _labels_by_image(root: Path, images: Sequence[bytes]) -> dict[str, str]:
-    """Image name without suffix -> WordNet id."""
-    if (root / _CSV).is_file():
-        rows = [line.split(",") for line in read_lines(root / _CSV)[1:]]
-        return {row[0]: row[1].split(" ")[0] for row in rows if len(row) > 1}
-    truth, ids = _devkit(root)
-    if len(truth) != len(images):
+    wanted = {stem for stem, label in truth.items() if label in set(trained)}
+    missing = sorted(wanted - set(stems))
+    if missing:
         raise DataError(
-            f"{root}: {len(images)} validation images, but the devkit has {len(truth)} labels: "
-            f"expected {_LAYOUT}"
+            f"{root / folder}: found no {missing[0]}, which {source} names"
+            + (f" ({len(missing):,} images are missing)" if len(missing) > 1 else "")
         )
-    stems = [Path(os.fsdecode(image)).stem for image in images]  # sorted: in the devkit's order
+    files = FolderFiles(root, np.array(images), torch.tensor(labels))
+    return files, f"flat val/ with labels of {source}"
+
+
+def _labels_by_image(val_folder: Path, stems: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Image name without suffix -> WordNet id, and the name of the file that says so."""
+    base = Path(os.path.abspath(val_folder.parent))
+    places = [base]
+    if base.parts[-2:] == ("Data", "CLS-LOC"):
+        places += base.parents[1:3]  # ILSVRC/, and what Kaggle's archive unpacks to
+    for place in places:
+        if (place / CSV).is_file():
+            return _read_csv(place / CSV), CSV
+    for place in places:
+        if (place / _DEVKIT).is_dir() or (place / f"{_DEVKIT}.tar.gz").is_file():
+            return _by_devkit(place, stems), _DEVKIT
+    for place in places:
+        if (place / _BOXES).is_dir():
+            return {stem: _class_of_boxes(place / _BOXES / f"{stem}.xml") for stem in stems}, _BOXES
+    looked = ", ".join(str(place) for place in places)
+    raise DataError(
+        f"{val_folder.parent}: flat val/ without labels (looked in {looked}), expected {_LAYOUT}"
+    )
+
+
+def _read_csv(path: Path) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for line in read_lines(path)[1:]:
+        image, _, boxes = line.partition(",")
+        label = boxes.strip('"').split(" ")[0]
+        if not label.startswith("n"):
+            raise DataError(f"{path}: line {line[:80]!r}, expected <image>,<WordNet id> <box>")
+        if labels.setdefault(image, label) != label:
+            raise DataError(
+                f"{path}: {image!r} is there twice, with class {labels[image]!r} and {label!r}"
+            )
+    return labels
+
+
+def _class_of_boxes(path: Path) -> str:
+    """The class of an image by its bounding boxes, which are all of one class."""
+    found = set(re.findall(rb"<name>\s*(n\d{8})\s*</name>", read_bytes(path)))
+    if len(found) != 1:
+        raise DataError(f"{path}: names {len(found)} classes, expected one")
+    return found.pop().decode()
+
+
+def _by_devkit(place: Path, stems: Sequence[str]) -> dict[str, str]:
+    """By the numbers in the images' names or, of other names, by their order."""
+    truth, ids = _devkit(place)
     unknown = [number for number in truth if number not in ids]
     if unknown:
-        raise DataError(f"{root / _DEVKIT}: class {unknown[0]} is not in meta.mat")
-    return {stem: ids[number] for stem, number in zip(stems, truth, strict=True)}
+        raise DataError(f"{place / _DEVKIT}: class {unknown[0]} is not in meta.mat")
+    matches = [_IMAGE_NAME.fullmatch(stem) for stem in stems]
+    if all(matches):
+        numbered = {f"ILSVRC2012_val_{i:08}": ids[number] for i, number in enumerate(truth, 1)}
+        if numbered.keys() >= set(stems):
+            return numbered
+    elif len(truth) == len(stems):
+        return {stem: ids[number] for stem, number in zip(stems, truth, strict=True)}
+    raise DataError(
+        f"{place}: {len(stems)} validation images, but the devkit has {len(truth)} labels: "
+        f"expected {_LAYOUT}"
+    )
 
 
 def _devkit(root: Path) -> tuple[list[int], dict[int, str]]:
@@ -155,7 +287,7 @@ def _wordnet_ids(data: bytes, path: Path) -> dict[int, str]:
         from scipy.io import loadmat
     except ImportError as error:
         raise UsageError(
-            f"{path} needs the package scipy: expected pip install scipy, or {_CSV} beside val/"
+            f"{path} needs the package scipy: expected pip install scipy, or {CSV} beside val/"
         ) from error
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]

@@ -48,6 +48,11 @@ def load_data(config: DataConfig, device: torch.device) -> ImageData:
                     f"data.{name} with data.name={config.name!r}: expected image files; the others "
                     "have their own"
                 )
+        if config.crops != "auto":
+            raise UsageError(
+                f"data.crops={config.crops!r} with data.name={config.name!r}: expected image "
+                "files; the others have their own"
+            )
         if config.start_size is not None and config.name != "synthetic":
             raise UsageError(
                 f"data.start_size={config.start_size} with data.name={config.name!r}: expected "

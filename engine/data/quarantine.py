@@ -11,6 +11,7 @@ Paths are relative to the data folder, with slashes.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..files import write_atomically
+from .image_files import FileSet
 from .order import Stream, hash_bits, integers
 
 LIST_NAME = "dfptkd-quarantine.json"
@@ -67,12 +69,41 @@ def read_quarantine(path: Path) -> Quarantine:
     return Quarantine(checked, images)
 
 
-def find_quarantine(root: Path, given: str | None) -> tuple[Quarantine, Path | None]:
-    """The list that was named, else the one beside the data, else an empty one."""
-    path = Path(given).expanduser() if given else root / LIST_NAME
-    if given is None and not path.exists():
-        return Quarantine(0, {}), None
-    return read_quarantine(path), path
+def find_quarantine(found: FileSet, given: str | None) -> tuple[Quarantine, Path | None]:
+    """The list that was named, else the one beside the data, else an empty one.
+
+    A list may have been written for the folder that the data set lies in below its root, for one
+    between the two, or for the folder above the root: its names are given back as from the root.
+
+    Raises:
+        DataError: It cannot be read or is none; or it was named, and lists other files.
+    """
+    inner = found.folder.split("/") if found.folder else []
+    below = ["/".join(inner[: i + 1]) for i in range(len(inner))]
+    if given is not None:
+        path = Path(given).expanduser()
+    else:
+        places = [found.root, *(found.root / folder for folder in below), found.root.parent]
+        there = [place / LIST_NAME for place in places if (place / LIST_NAME).exists()]
+        if not there:
+            return Quarantine(0, {}), None
+        path = there[0]
+    quarantine = read_quarantine(path)
+    names = quarantine.images
+    above = Path(os.path.abspath(found.root)).name + "/"
+    for listed in (
+        names,
+        *({f"{folder}/{name}": why for name, why in names.items()} for folder in below),
+        {name.removeprefix(above): why for name, why in names.items() if name.startswith(above)},
+    ):
+        if found.train.among(listed).any() or found.test.among(listed).any():
+            return Quarantine(quarantine.checked, listed), path
+    if given is not None and names:
+        raise DataError(
+            f"{path}: {next(iter(names))!r} and the others are not below {found.root}: expected a "
+            f"list by dfptkd verify-data {found.root}"
+        )
+    return Quarantine(quarantine.checked, {}), path
 
 
 def check_share(listed: Tensor, cap: float, path: Path | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import DataError
+from .crops import crop_rule
 from .order import crop_offsets, flips
 
 _HASHED_IMAGES = 4096  # at once
@@ -234,6 +235,40 @@ class ResidentSplit(Split):
 
 
 @dataclass(frozen=True)
+class DataIdentity:
+    """Who a data set is, by what its classes and images are, before any limit.
+
+    Equal wherever it lies, under whatever name, in whatever order, by whatever loader. Each part is
+    a SHA-256: two data sets may have the classes or a split in common.
+    """
+
+    classes: str
+    """Of the class names in the order of their numbers."""
+    train: str
+    """Of the labels and images of the training split."""
+    test: str
+    """Of the labels and images of the test split."""
+
+
+def digest_of_names(names: Iterable[str]) -> str:
+    """SHA-256 of names in their order."""
+    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def digest_of_arrays(images: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of the images of a split with their labels, in whatever order they come.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        labels: int64 [N].
+    """
+    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    pairs = zip(labels.tolist(), rows, strict=True)
+    found = sorted(b"%08d%b" % (label, hashlib.sha256(row).digest()) for label, row in pairs)
+    return hashlib.sha256(repr(images.shape[1:]).encode() + b"".join(found)).hexdigest()
+
+
+@dataclass(frozen=True)
 class ImageData:
     """A data set: both splits and what a model must know about them."""
 
@@ -252,8 +287,14 @@ class ImageData:
     """What samples and pixels depend on: the same in a run that goes on."""
     notes: list[str] = field(default_factory=list)
     """What a user must be told of the data, one line each."""
+    passed_over: list[str] = field(default_factory=list)
+    """What lies among the data and is not read, one line a kind."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """How the images are cut, as JSON data; "in_words" says it to a user."""
     skipped_test: int = 0
     """Test images that are left out, as they are in quarantine."""
+    identity: DataIdentity | None = None
+    """Who the data set is; None: images that were made up for a measurement."""
 
 
 @dataclass(frozen=True)
@@ -289,16 +330,28 @@ def resident_data(
     train_images, train_labels = resident(train, train_limit)
     padding = default_padding if config.crop_padding is None else config.crop_padding
     augmentation = Augmentation(len(train_labels), padding, config.flip, device)
+    height, width = train.images.shape[1:3]
+    rule = crop_rule("small", height, padding)
     return ImageData(
         name=config.name,
         train=ResidentSplit(train_images, train_labels, augmentation),
         test=ResidentSplit(*resident(test, test_limit), augmentation=None),
         num_classes=len(class_names),
         class_names=class_names,
-        image_size=(train.images.shape[1], train.images.shape[2]),
+        image_size=(height, width),
         mean=mean,
         std=std,
         pipeline={"loader": "device"},
+        preprocessing={
+            "layout": config.name,
+            **rule.describe(height, config.flip),
+            "in_words": f"images of {config.name}: {rule.in_words(height, config.flip)}",
+        },
+        identity=DataIdentity(
+            digest_of_names(class_names),
+            digest_of_arrays(train.images, train.labels),
+            digest_of_arrays(test.images, test.labels),
+        ),
     )
 
 

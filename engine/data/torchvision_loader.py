@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..files import first_line
 from .crops import Crops
 from .image_files import ImageFiles
-from .order import flips
+from .order import crop_offsets, flips
 from .source import Batch, Split
 
 # Pillow refuses pictures above 179 megapixels as bombs; verify-data reports them as huge instead.
@@ -38,18 +38,39 @@ class FileSplit(Split):
         side: Of the squares that come out, in pixels, unless asked for another.
         device: Where batches land.
         flip: Whether half of the images are to be mirrored.
+        shift: Padding in pixels, out of which each image is to be cut at random; 0: none.
     """
 
     def __init__(
-        self, files: ImageFiles, crops: Crops, side: int, device: torch.device, *, flip: bool
+        self,
+        files: ImageFiles,
+        crops: Crops,
+        side: int,
+        device: torch.device,
+        *,
+        flip: bool,
+        shift: int = 0,
     ) -> None:
         self.files, self.crops, self.side = files, crops, side
         self.labels = files.labels  # on the CPU, where workers choose
-        self.device, self.flip = device, flip
+        self.device, self.flip, self.shift = device, flip, shift
 
     def where(self, sample: int) -> str:
         """See `Split.where`."""
         return self.files.where(sample)
+
+    def augmentation(
+        self, indices: Tensor, seed: int, epoch: int
+    ) -> tuple[tuple[int, Tensor] | None, Tensor | None]:
+        """`Batch.crop` and `Batch.flip` of the samples `indices` (int64 [B], on the CPU)."""
+        crop = None
+        if self.shift:
+            crop = (self.shift, crop_offsets(seed, epoch, indices, self.shift))
+        return crop, flips(seed, epoch, indices) if self.flip else None
+
+    def describe_shift(self) -> dict[str, Any]:
+        """The part of `describe` that only shifted images have."""
+        return {"shift": self.shift} if self.shift else {}
 
 
 class TorchvisionSplit(FileSplit):
@@ -96,8 +117,8 @@ class TorchvisionSplit(FileSplit):
             size = torch.tensor([[image.height, image.width]])
             box = self.crops.boxes(sample[None], size, seed=seed, epoch=epoch, side=side)
             images[row] = cut(image, box[0].tolist(), side, self.crops.cut_first)
-        flip = flips(seed, epoch, indices) if self.flip else None
-        return Batch(torch.from_numpy(images), self.labels[indices], None, flip, indices)
+        crop, flip = self.augmentation(indices, seed, epoch)
+        return Batch(torch.from_numpy(images), self.labels[indices], crop, flip, indices)
 
     def open(self, sample: int) -> Image.Image:
         """The source image as 8-bit RGB.
@@ -109,7 +130,8 @@ class TorchvisionSplit(FileSplit):
 
     def describe(self) -> dict[str, Any]:
         """See `Split.describe`."""
-        return {"loader": "torchvision", "crops": repr(self.crops), "side": self.side}
+        shift = self.describe_shift()
+        return {"loader": "torchvision", "crops": repr(self.crops), "side": self.side, **shift}
 
 
 def decode_rgb(data: bytes, name: str) -> Image.Image:
@@ -123,9 +145,16 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise DataError(
-            f"{name}: cannot be decoded as an image ({first_line(error)}); dfptkd verify-data "
+            f"{name}: cannot be decoded as an image ({why_undecodable(error)}); dfptkd verify-data "
             "finds every such file"
         ) from error
+
+
+def why_undecodable(error: Exception) -> str:
+    """A decoder's error in words; Pillow's own for an unknown format names a buffer in memory."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its bytes are of no format of images"
+    return first_line(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

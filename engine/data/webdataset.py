@@ -16,7 +16,7 @@ import torch
 
 from ..config import DataConfig
 from ..errors import DataError
-from .image_files import SUFFIXES, FileSet, TarFiles, read_lines
+from .image_files import SUFFIXES, FileSet, PassedOver, TarFiles, read_lines
 from .source import find_root
 
 _LAYOUT = "train-*.tar and val-*.tar (or test-*.tar) of <key>.jpg and <key>.cls"
@@ -29,8 +29,10 @@ def find_webdataset(config: DataConfig) -> FileSet:
         DataError: No shards, a damaged one, an image without label, or a label out of range.
     """
     root = find_root(config.root, _LAYOUT)
-    train = _index(root, "train")
-    test = _index(root, "val" if any(root.glob("val-*.tar")) else "test")
+    passed = PassedOver(root)
+    train = _index(root, "train", passed)
+    held_out = "val" if any(root.glob("val-*.tar")) else "test"
+    test = _index(root, held_out, passed)
     highest = int(max(train.labels.max(), test.labels.max()))
     names = [str(i) for i in range(highest + 1)]
     if (root / "classes.txt").is_file():
@@ -41,10 +43,11 @@ def find_webdataset(config: DataConfig) -> FileSet:
             )
     if len(names) < 2:
         raise DataError(f"{root}: found {len(names)} class, expected at least 2")
-    return FileSet(root, train, test, names)
+    layout = f"train-*.tar and {held_out}-*.tar"
+    return FileSet(root, train, test, names, layout=layout, passed_over=passed.lines())
 
 
-def _index(root: Path, split: str) -> TarFiles:
+def _index(root: Path, split: str, passed: PassedOver) -> TarFiles:
     shards = sorted(path.name for path in root.glob(f"{split}-*.tar"))
     if not shards:
         raise DataError(f"{root}: found no {split}-*.tar, expected {_LAYOUT}")
@@ -52,16 +55,19 @@ def _index(root: Path, split: str) -> TarFiles:
     paths = [root / shard for shard in shards]
     with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:  # 70 s alone, ImageNet
         found = list(pool.map(_members, paths))
-    for number, members in enumerate(found):
+    for number, (members, without) in enumerate(found):
         for name, start, size, label in members:
             places.append((number, start, size))
             names.append(os.fsencode(name))
             labels.append(label)
+        for key in without:
+            passed.add("label", "without an image that is read", f"{shards[number]}/{key}")
     return TarFiles(root, shards, torch.tensor(places), np.array(names), torch.tensor(labels))
 
 
-def _members(path: Path) -> list[tuple[str, int, int, int]]:
-    """Name, first byte, bytes and label of each image of a shard, in the order of the shard."""
+def _members(path: Path) -> tuple[list[tuple[str, int, int, int]], list[str]]:
+    """Name, first byte, bytes and label of each image of a shard, in its order; and the labels that
+    have no image."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -77,8 +83,11 @@ def _members(path: Path) -> list[tuple[str, int, int, int]]:
                     text = content.read(32).strip() if content else b""
                     if not (text.isdigit() and len(text) < 10):
                         raise DataError(f"{path}/{member.name}: expected a class number from 0")
-                    labels[key] = int(text)
+                    if labels.setdefault(key, int(text)) != int(text):
+                        raise DataError(f"{path}/{member.name}: is there twice, with two classes")
                 elif f".{suffix}".lower() in SUFFIXES:
+                    if key in images:
+                        raise DataError(f"{path}/{member.name}: a second image under its key")
                     images[key] = (member.name, member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path}: expected an uncompressed tar file ({error})") from error
@@ -87,4 +96,5 @@ def _members(path: Path) -> list[tuple[str, int, int, int]]:
             raise DataError(f"{path}/{name}: no .cls beside it, expected {_LAYOUT}")
     if not images:
         raise DataError(f"{path}: no image, expected {_LAYOUT}")
-    return [(*place, labels[key]) for key, place in images.items()]
+    without = [f"{key}.cls".lstrip("/") for key in labels if key not in images]
+    return [(*place, labels[key]) for key, place in images.items()], without

@@ -109,12 +109,11 @@ def test_command(root, tmp_path, capsys):
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_loaders_that_are_there(is_there, monkeypatch, capsys):
-    def choose(config):
+    def check(config):
         if not is_there:
             raise bench.UsageError("no DALI")
-        return config.loader
 
-    monkeypatch.setattr(bench, "choose_loader", choose)
+    monkeypatch.setattr(bench, "check_loader", check)
     loaders = bench._available(None)
     assert loaders == [n for n in bench.LOADERS if is_there or n != "dali"]
     assert ("DALI is not installed" in capsys.readouterr().out) is not is_there

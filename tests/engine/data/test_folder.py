@@ -193,7 +193,7 @@ def test_refusals_name_the_folder(root):
         file.unlink()
     assert refusal().startswith(f"{root / 'val' / 'bee'}: no image")
     (root / "val" / "bee").rmdir()
-    assert "lacks 1 classes of the other split, first 'bee'" in refusal()
+    assert "lacks 1 class that train/ has, first 'bee'" in refusal()
     assert str(root / "val") in refusal()
     shutil.rmtree(root / "val")
     assert "neither val/ nor test/" in refusal()

@@ -61,7 +61,7 @@ def test_huge_is_reported_not_accused(monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "HUGE", 1000)
     (tmp_path / "a.jpg").write_bytes(encoded(picture()))
     (member,) = verify.find_images(tmp_path)
-    assert verify.look_at(member) == ("a.jpg", None, ["huge"])
+    assert verify.look_at(member)[:3] == ("a.jpg", None, ["huge"])
 
 
 def test_a_file_that_kills_its_process_is_named(tmp_path, monkeypatch):
