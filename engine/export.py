@@ -86,7 +86,7 @@ class Source:
         """The plain architecture with the trained weights, in eval mode."""
         name = self.record.run["config"]["student"]
         model = create_model(name, num_classes=self.data["num_classes"])
-        load_strict(model, self.tensors, f"{self.file}: weights of {name}")
+        load_strict(model, self.tensors, f"{self.file} ({name})")
         return model.eval()
 
 

@@ -213,7 +213,7 @@ def test_a_student_with_a_nan_is_named(root, tmp_path, capsys):
     for verb in ("eval", "export"):
         assert main([verb, str(tmp_path / "a")]) == 3
         said = capsys.readouterr().err
-        assert f"{path}: weights of {STUDENT}: fc.bias: 1 of 4 values are NaN" in said
+        assert f"{path} ({STUDENT}): fc.bias: 1 of 4 values are NaN" in said
 
 
 # Bytes and modes ---------------------------------------------------------------------------------
