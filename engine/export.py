@@ -274,7 +274,14 @@ def _to_onnx(model: nn.Module, image_size: Sequence[int]) -> onnx.ModelProto:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None  # None only for the deprecated TorchScript path
-    return program.model_proto
+    found = program.model_proto
+    # Each part says where in our source it was traced, with this machine's paths: an equal student
+    # would give another file elsewhere.
+    graph = found.graph
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (found, graph, *graph.node, *values):
+        part.ClearField("metadata_props")
+    return found
 
 
 def _difference_from_torch(
