@@ -216,6 +216,32 @@ def test_a_student_with_a_nan_is_named(root, tmp_path, capsys):
         assert f"{path} ({STUDENT}): fc.bias: 1 of 4 values are NaN" in said
 
 
+@pytest.mark.parametrize("option", ["--teacher.weights", "--student-weights"])
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("layer1.0.conv1.weight", float("nan"), "values are NaN or infinite"),
+        ("bn1.running_var", -1.0, "a variance of -1, expected 0 or more"),
+    ],
+)
+def test_a_run_refuses_such_weights_before_it_starts(root, tmp_path, capsys, option, key, value,
+                                                     reason):  # fmt: skip
+    tensors = load_file(root / "teacher/teacher.safetensors")
+    tensors[key].view(-1)[0] = value
+    torch.save({"model": tensors}, tmp_path / "w.pth")
+    values = json.loads((root / "plain/run.json").read_text())["config"]
+    config = values | {"method": "kd", "out": str(tmp_path / "kd")}
+    config["teacher"]["weights"] = str(root / "teacher/teacher.safetensors")
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    args = ["train", "--config", str(tmp_path / "run.json"), option, str(tmp_path / "w.pth")]
+    assert main(args) == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{tmp_path / 'w.pth'}: {key}: " in said
+    assert reason in said
+    assert not (tmp_path / "kd/metrics.csv").exists()
+
+
 # Bytes and modes ---------------------------------------------------------------------------------
 
 

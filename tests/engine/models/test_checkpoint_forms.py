@@ -6,6 +6,8 @@ import io
 import os
 import pathlib
 import pickle
+import sys
+import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -412,6 +414,18 @@ def test_values_of_downloaded_weights_are_looked_at_too(monkeypatch):
         create_model("timm:resnet10t", num_classes=1000, weights="pretrained")
 
 
+def test_values_of_a_package_are_looked_at_too(tmp_path, raw, monkeypatch):
+    folder = tmp_path / "weights_with_a_nan"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    torch.save(damaged(raw, "fc.weight", float("nan")), folder / "w.pth")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"^package:weights_with_a_nan: fc\.weight: 1 of 640 values"
+    ):
+        create_model(NAME, num_classes=10, weights="package:weights_with_a_nan")
+
+
 def test_whole_numbers_and_small_types_are_no_damage(raw):
     check_values({"count": torch.tensor(3), "w": torch.ones(2, dtype=torch.float16)}, "here")
 
@@ -428,6 +442,29 @@ def test_safetensors_with_a_prefix_and_lightning_beside(tmp_path, raw):
     path = tmp_path / "w.safetensors"
     save_file(prefixed("model.", raw), path)
     assert_bits(loaded(path)[0], raw)
+
+
+def test_numbers_of_numpy_1_are_read_past(tmp_path, raw):
+    file = io.BytesIO()
+    content = {"model": raw, **numpy_state()}
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    written = file.getvalue()
+    assert b"numpy._core.multiarray\n" in written
+    older = written.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
+    (tmp_path / "w.tar").write_bytes(older)
+    assert_bits(loaded(tmp_path / "w.tar")[0], raw)
+
+
+def test_hyper_parameters_of_lightning_are_read_as_a_dictionary(tmp_path, raw, monkeypatch):
+    module = "pytorch_lightning.utilities.parsing"
+    kind = type("AttributeDict", (dict,), {"__module__": module})
+    with monkeypatch.context() as patch:  # the package is there when the file is written
+        parts = module.split(".")
+        for i in range(1, len(parts) + 1):
+            patch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(parts[i - 1]))
+        sys.modules[module].AttributeDict = kind
+        torch.save(lightning("model.", raw, hyper_parameters=kind(lr=0.1)), tmp_path / "w.ckpt")
+    assert_bits(loaded(tmp_path / "w.ckpt")[0], raw)
 
 
 def test_a_folder_is_refused_with_what_is_in_it(tmp_path, raw):
