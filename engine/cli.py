@@ -402,6 +402,9 @@ def _eval(args: list[str]) -> int:
     parser.add_argument(
         "--data.skip-quarantined", dest="skip", action="store_true", help="leave them out, say so"
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the EMA of its weights, where it has one"
+    )
     parser.add_argument("--batch", type=int, default=256, help="images in a step")
     parser.add_argument("--device", help="cpu or cuda; absent: cuda where there is one")
     options = _parse(parser, args)
@@ -418,9 +421,11 @@ def _eval(args: list[str]) -> int:
         skip_quarantined=options.skip,
         batch_size=options.batch,
         device=options.device,
+        ema=options.ema,
     )
+    which = f" ({result.weights} weights)" if result.weights else ""
     print(
-        f"{result.model}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on "
+        f"{result.model}{which}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on "
         f"{result.images:,} test images of {result.data}"
         + (f" (without {result.skipped} in quarantine)" if result.skipped else "")
     )
@@ -501,6 +506,9 @@ def _export(args: list[str]) -> int:
     parser.add_argument(
         "--formats", default="safetensors,onnx", help="safetensors, onnx or both, with a comma"
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the EMA of its weights, where it has one"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = _parse(parser, args)
     if options is None:
@@ -511,6 +519,7 @@ def _export(args: list[str]) -> int:
         options.checkpoint,
         options.out,
         formats=options.formats.split(","),
+        ema=options.ema,
         overwrite=options.overwrite,
     )
     return 0

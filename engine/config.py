@@ -18,6 +18,7 @@ from typing import Any, Literal
 from .errors import UsageError
 
 MethodName = Literal["ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus"]
+EmaChoice = Literal["auto", "yes", "no"]
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -184,6 +185,9 @@ class TeacherConfig:
     weights: str | None = None
     """File, `package:NAME` for the file in an installed package, torchvision weights enum or
     `pretrained` for timm; absent: newest train-teacher run."""
+    ema: EmaChoice = "auto"
+    """Of a file that holds an exponential moving average beside the raw weights, or has one beside
+    it: yes takes it; no takes the raw ones; auto the raw ones too, or an average that is alone."""
     stages: tuple[str, ...] | None = None
     """Module paths whose outputs end a stage, for a model that has no stages of its own."""
     fold_bn: bool = True
@@ -350,7 +354,8 @@ class OptimConfig:
     """Largest gradient norm over all trained parameters together, so that student and prompt path
     then do influence each other."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the student, which is then evaluated beside it."""
+    """Decay of an exponential moving average of the student, which is then evaluated beside it and
+    written to student_ema.safetensors."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "a learning rate above 0")

@@ -31,6 +31,8 @@ class EvalResult:
     """Test images that were left out, as they are in quarantine."""
     logged: float | None
     """top-1 that the run logged at this step, if it evaluated there."""
+    weights: str
+    """Which of the network: "EMA", or "raw" where the run has kept an EMA too; else empty."""
 
 
 def evaluate_checkpoint(
@@ -43,11 +45,12 @@ def evaluate_checkpoint(
     skip_quarantined: bool = False,
     batch_size: int = 256,
     device: str | None = None,
+    ema: bool = False,
 ) -> EvalResult:
     """Evaluate the network of a run folder or of a checkpoint folder in it.
 
     Args:
-        path: Run folder, or `checkpoints/step-N` in one.
+        path: Run folder, `checkpoints/step-N` in one, or the weights file in either.
         root: Folder of the data; absent: as the run had it.
         limit: Most test images; absent: as the run had it.
         loader: What decodes image files; absent: as the run had it.
@@ -55,11 +58,12 @@ def evaluate_checkpoint(
         skip_quarantined: Leave out the images on it, and say so.
         batch_size: Images in a step.
         device: cpu or cuda; absent: cuda where there is one.
+        ema: The average that a run with optim.ema_decay has kept, in place of the raw weights.
 
     Raises:
-        DataError: No trained network there, or the data set has other classes.
+        DataError: No trained network there, or no average, or the data set has other classes.
     """
-    source = read_source(path)
+    source = read_source(path, ema=ema)
     config = from_dict(RunConfig, source.record.run["config"])
     where = pick_device(dataclasses.replace(config, device=device))
     given = {
@@ -86,4 +90,5 @@ def evaluate_checkpoint(
         accuracy["top5"],
         data.skipped_test,
         source.top1,
+        "EMA" if source.is_ema else "raw" if source.has_ema else "",
     )

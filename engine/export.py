@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, read_index
 from .errors import DataError, NumericError, UsageError
-from .files import read_tensors, write_atomically
+from .files import read_tensors, save_file, write_atomically
 from .models import create_model
+from .models.weights import EMA_METADATA, ema_beside, load_strict
 from .records import RunRecord, read_run
 
 if TYPE_CHECKING:
@@ -27,18 +28,34 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "onnx")
 ONNX_TOLERANCE = 1e-4  # of the largest logit; convolutions sum in another order there
+FINISHED = ("student.safetensors", "teacher.safetensors")
+"""What a finished run has left: a student, or the teacher of train-teacher."""
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A trained student and what is known about it."""
+    """A trained student, or the average of its weights, and what is known about it."""
 
     record: RunRecord
+    file: Path
+    """Where the tensors come from."""
     tensors: dict[str, Tensor]
-    """The student's state dict."""
+    """The network's state dict."""
     top1: float | None
     """Test accuracy in percent at this point of the run."""
     default_out: Path
+    is_ema: bool
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether the run has kept an average of the student's weights."""
+        return (self.record.run["config"].get("optim") or {}).get("ema_decay") is not None
+
+    @property
+    def stem(self) -> str:
+        """Of the names of exported files."""
+        return "student_ema" if self.is_ema else "student"
 
     @property
     def data(self) -> dict[str, Any]:
@@ -63,17 +80,13 @@ class Source:
         text = {
             k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items() if v is not None
         }
-        return {"format": "pt", **text}
+        return {"format": "pt", **text, **(EMA_METADATA if self.is_ema else {})}
 
     def model(self) -> nn.Module:
         """The plain architecture with the trained weights, in eval mode."""
         name = self.record.run["config"]["student"]
         model = create_model(name, num_classes=self.data["num_classes"])
-        try:
-            model.load_state_dict(self.tensors)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{self.record.folder}: weights do not fit {name}: {reason}") from None
+        load_strict(model, self.tensors, f"{self.file} ({name})")
         return model.eval()
 
 
@@ -82,19 +95,22 @@ def export_student(
     out: Path | None = None,
     *,
     formats: Sequence[str] = FORMATS,
+    ema: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Writes `student.safetensors` and `student.onnx`.
+    """Writes `student.safetensors` and `student.onnx`, of an average `student_ema.` instead.
 
     The ONNX network reads `images`, float32 [N, 3, H, W] with any N, normalised with the mean and
     std that its metadata name, and returns `logits` [N, C]. It is compared with PyTorch before it
     is put in place, if onnxruntime is installed.
 
     Args:
-        checkpoint_or_run: a finished run folder, or one of its `checkpoints/step-N`.
+        checkpoint_or_run: a finished run folder, one of its `checkpoints/step-N`, or the weights
+            file in either.
         out: target folder; absent: `export/` in the run folder, `export/step-N/` for a checkpoint.
         formats: any of "safetensors" and "onnx".
+        ema: the average that a run with optim.ema_decay has kept, in place of the raw weights.
         overwrite: replace files of an earlier export.
         say: gets one line for each thing done.
 
@@ -104,16 +120,17 @@ def export_student(
     Raises:
         UsageError: unknown format; a target exists; the ONNX packages are missing (after the other
             formats are written).
-        DataError: no student there, or one that does not fit its architecture.
+        DataError: no student there, or no average, or one that does not fit its architecture.
         NumericError: onnxruntime and PyTorch disagree; the ONNX file is not written.
         StorageError: the disk refused.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
         raise UsageError(f"export format {unknown[0]!r}: expected one of {', '.join(FORMATS)}")
-    source = read_source(checkpoint_or_run)
+    source = read_source(checkpoint_or_run, ema=ema)
     model = source.model()
-    targets = {name: (out or source.default_out) / f"student.{name}" for name in formats}
+    out = out or source.default_out
+    targets = {name: out / f"{source.stem}.{name}" for name in formats}
     for target in targets.values():
         if target.exists() and not overwrite:
             raise UsageError(f"{target} exists: expected a new place (--out) or --overwrite")
@@ -122,36 +139,42 @@ def export_student(
         write = write_safetensors if name == "safetensors" else write_onnx
         say(write(source, model, targets[name]))
         written.append(targets[name])
+    if source.has_ema and not ema:
+        say(f"{source.record.folder}: these are the raw weights; --ema takes their EMA")
     return written
 
 
-def read_source(folder: Path) -> Source:
+def read_source(path: Path, *, ema: bool = False) -> Source:
     """Reads the student of a run folder, or of a checkpoint folder inside one.
 
+    Args:
+        path: the folder, or the weights file in it.
+        ema: the average of the student's weights in place of the student.
+
     Raises:
-        DataError: it holds no student, or a run record too old to say what the images are.
+        DataError: it holds no student, or no average, or a run record too old to say what the
+            images are.
     """
-    checkpoint = folder / "state.safetensors"
-    if checkpoint.is_file():
+    folder, ema = _folder_of(path, ema)
+    finished = next((folder / name for name in FINISHED if (folder / name).is_file()), None)
+    if (folder / STATE).is_file():
         record = read_run(folder.resolve().parents[1])
-        state = load_checkpoint(folder).tensors  # verified: a flipped bit would not show
-        prefix = "student."
-        tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        top1 = _top1_at_step(record, folder.resolve().name)
+        file, tensors = _network_in_state(folder, ema)
+        top1 = _top1_at_step(record, folder.resolve().name, "ema" if ema else "student")
         default_out = record.folder / "export" / folder.resolve().name
-    elif finished := _finished_network(folder):
+    elif finished is not None:
         record = read_run(folder)
-        tensors = read_tensors(finished)
-        top1 = record.last("student_top1")
+        file = ema_beside(finished) if ema else finished
+        if file.is_file():
+            tensors = read_tensors(file)
+        else:  # a run from before averages had a file; its last checkpoint has the same
+            file, tensors = _network_in_state(_last_checkpoint(folder), ema)
+        top1 = record.last("ema_top1" if ema else "student_top1")
         default_out = folder / "export"
     else:
         raise DataError(
             f"{folder}: no trained network: expected a finished run (student.safetensors) "
             "or a checkpoint (state.safetensors)"
-        )
-    if not tensors:
-        raise DataError(
-            f"{checkpoint}: holds no student: expected names that begin with 'student.'"
         )
     missing = {"num_classes", "image_size", "mean", "std"} - set(record.run.get("data") or {})
     if missing or not isinstance(record.run["config"].get("student"), str):
@@ -159,15 +182,56 @@ def read_source(folder: Path) -> Source:
         raise DataError(
             f"{record.folder / 'run.json'}: lacks {what}: expected a run of this version"
         )
-    return Source(record, tensors, top1, default_out)
+    return Source(record, file, tensors, top1, default_out, ema)
+
+
+def _folder_of(path: Path, ema: bool) -> tuple[Path, bool]:
+    """The folder of a run or a checkpoint where one of its files is named, and whether its average
+    is meant.
+
+    Raises:
+        DataError: another file; it alone does not say what its images are.
+    """
+    if not path.is_file():
+        return path, ema
+    averages = [ema_beside(Path(name)).name for name in FINISHED]
+    if path.name == STATE or (
+        path.name in (*FINISHED, *averages) and (path.parent / "run.json").is_file()
+    ):
+        return path.parent, ema or path.name in averages
+    raise DataError(
+        f"{path}: expected a run's folder, or checkpoints/step-N in one, as run.json says what the "
+        "network's images are"
+    )
+
+
+def _network_in_state(checkpoint: Path, ema: bool) -> tuple[Path, dict[str, Tensor]]:
+    """The file of a checkpoint that holds the student, and the student or its average."""
+    prefix = "ema.module." if ema else "student."
+    state = load_checkpoint(checkpoint).tensors  # verified: a flipped bit would not show
+    tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not tensors:
+        what = "EMA of the weights" if ema else "student"
+        hint = "a run with --optim.ema-decay: " if ema else ""
+        raise DataError(
+            f"{checkpoint / STATE}: holds no {what}: expected {hint}names that begin with "
+            f"'{prefix}'"
+        )
+    return checkpoint / STATE, tensors
+
+
+def _last_checkpoint(run: Path) -> Path:
+    folder = run / "checkpoints"
+    last = read_index(folder).get("last")
+    if last is None:
+        raise DataError(f"{run}: no EMA of the weights: expected a run with --optim.ema-decay")
+    return folder / last
 
 
 def write_safetensors(source: Source, model: nn.Module, target: Path) -> str:
     """Writes the state dict under its plain names; returns a line that says so."""
-    from safetensors.torch import save_file
-
     tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-    write_atomically(target, lambda path: save_file(tensors, path, metadata=source.metadata))
+    write_atomically(target, lambda path: save_file(tensors, path, source.metadata))
     count = sum(p.numel() for p in model.parameters())
     return f"{target}: {count:,} parameters, {len(tensors)} tensors"
 
@@ -210,7 +274,14 @@ def _to_onnx(model: nn.Module, image_size: Sequence[int]) -> onnx.ModelProto:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None  # None only for the deprecated TorchScript path
-    return program.model_proto
+    found = program.model_proto
+    # Each part says where in our source it was traced, with this machine's paths: an equal student
+    # would give another file elsewhere.
+    graph = found.graph
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (found, graph, *graph.node, *values):
+        part.ClearField("metadata_props")
+    return found
 
 
 def _difference_from_torch(
@@ -234,14 +305,9 @@ def _difference_from_torch(
     return worst.item()
 
 
-def _finished_network(folder: Path) -> Path | None:
-    """What a finished run has left: a student, or the teacher of train-teacher."""
-    files = (folder / "student.safetensors", folder / "teacher.safetensors")
-    return next((file for file in files if file.is_file()), None)
-
-
-def _top1_at_step(record: RunRecord, step_folder: str) -> float | None:
-    """The accuracy measured at the step of a checkpoint named `step-N`, if one was."""
-    step = step_folder.rpartition("-")[2]
+def _top1_at_step(record: RunRecord, step_folder: str, network: str) -> float | None:
+    """The accuracy of "student" or "ema" measured at the step of a checkpoint named `step-N`, if
+    one was."""
+    step, column = step_folder.rpartition("-")[2], f"test/{network}_top1"
     rows = (row for row in record.metrics if step.isdigit() and row.get("step") == int(step))
-    return next((row["test/student_top1"] for row in rows if "test/student_top1" in row), None)
+    return next((row[column] for row in rows if column in row), None)

@@ -95,10 +95,46 @@ def read_json(path: Path, expected: str) -> Any:
 def save_file(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as a safetensors file."""
+    """Write tensors as a safetensors file: the same bytes for the same tensors and metadata.
+
+    The library writes metadata in the order of a hash table that is another one each time, and
+    makes a file that nobody else may read.
+    """
     from safetensors.torch import save_file as write
 
-    write(tensors, path, metadata)
+    path.touch()
+    mode = path.stat().st_mode
+    write(tensors, path)
+    if metadata:
+        _add_metadata(path, metadata)
+    path.chmod(mode)
+
+
+def _add_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """Put metadata, in alphabetical order, into the header of a safetensors file that has none."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:end])}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(content)[end:])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, empty where it has none.
+
+    Raises:
+        DataError: it cannot be read, or is damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:
+        raise DataError(f"{path}: damaged safetensors file ({first_line(error)})") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

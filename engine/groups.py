@@ -31,7 +31,7 @@ MIN_RUNS = 3  # fewer independent runs do not carry a mean ± std
 _HOUSEKEEPING = frozenset(
     ("recipe", "method", "seed", "seeds", "out", "out_root", "resume", "device", "kernels",
      "eval_batch", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers",
-     "teacher.weights", "teacher.remember")
+     "teacher.weights", "teacher.ema", "teacher.remember")
 )  # fmt: skip
 # Options that some methods alone read; the first prefix that fits decides.
 _DFPT = ("dfpt", "dfpt_plus")

@@ -110,7 +110,7 @@ class RunLock:
         for attempt in range(_ATTEMPTS):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             except (FileNotFoundError, FileExistsError):
                 if attempt == _ATTEMPTS - 1:
                     raise

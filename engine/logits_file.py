@@ -146,7 +146,7 @@ class LogitsFile:
         """The file that the path names, made if absent, and nobody else's inside the block."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
-            with FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
+            with FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
                 self._lock(file, deadline)
                 if self._is_current(file):
                     yield file

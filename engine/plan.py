@@ -54,6 +54,7 @@ class Disk:
     checkpoints: int
     """How many there are at once, of all seeds, the one that is being written among them."""
     students: int
+    """Finished ones of all seeds, and their averages."""
     free: int
     where: str
 
@@ -72,7 +73,7 @@ def disk_need(config: RunConfig, built: Built, saved: list[Tensor]) -> Disk:
         checkpoint=sum(t.nbytes for t in saved),
         student=sum(t.nbytes for t in state),
         checkpoints=seeds * (config.keep_checkpoints + 1) + 1,
-        students=seeds,
+        students=seeds * (1 if config.optim.ema_decay is None else 2),
         free=shutil.disk_usage(where).free,
         where=str(where),
     )

@@ -28,10 +28,10 @@ MAY_CHANGE = {
     "resume", "seeds", "data.crops", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
     "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.loader",
     "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
-    "data.timeout", "teacher.weights", "teacher.expected_top1", "teacher.train_if_missing",
-    "teacher.remember", "teacher.epochs", "teacher.lr", "teacher.global_batch", "step.mode",
-    "step.joint_paths", "kernels", "step.max_skips", "step.max_skips_in_a_row",
-    "step.max_rewinds", "step.timeout",
+    "data.timeout", "teacher.weights", "teacher.ema", "teacher.expected_top1",
+    "teacher.train_if_missing", "teacher.remember", "teacher.epochs", "teacher.lr",
+    "teacher.global_batch", "step.mode", "step.joint_paths", "kernels", "step.max_skips",
+    "step.max_skips_in_a_row", "step.max_rewinds", "step.timeout",
 }  # fmt: skip
 
 

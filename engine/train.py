@@ -43,6 +43,7 @@ from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import teacher_cost
+from .models.weights import EMA_METADATA, ema_beside
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .resume import check_same_state, crops_of_before, start_of_main
@@ -205,9 +206,13 @@ def prepare(
         return already_done(out, checkpoint, world)
 
     torch.manual_seed(config.seed)  # the student first: equal under every method (T2)
+    notes: list[str] = []
     student = world.everywhere(
         lambda: create_model(
-            config.student, num_classes=data.num_classes, weights=config.student_weights
+            config.student,
+            num_classes=data.num_classes,
+            weights=config.student_weights,
+            say=notes.append,
         )
     )
     cost = None
@@ -217,7 +222,11 @@ def prepare(
         with torch.random.fork_rng(devices=[]):
             teacher = world.everywhere(
                 lambda: create_model(
-                    config.teacher.name, num_classes=data.num_classes, weights=weights
+                    config.teacher.name,
+                    num_classes=data.num_classes,
+                    weights=weights,
+                    ema=config.teacher.ema,
+                    say=notes.append,
                 )
             )
         cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
@@ -228,6 +237,8 @@ def prepare(
             "expected_top1": config.teacher.expected_top1,
         }
         check_same_teacher(teacher_record, world)
+    for note in notes if world.is_main else ():
+        print(f"{prefix}{note}")
     method = build_method(config, student, teacher, data.train.labels)
     record = run_record(config, data, student, cost, teacher_record, device, world)
     record["warnings"] += said
@@ -1057,20 +1068,29 @@ class Trainer:
         self.saved_step = self.progress.step if is_complete else None
 
     def write_student(self) -> None:
-        """The finished network: plain architecture, plain names."""
+        """The finished network: plain architecture, plain names; its average in a file beside it,
+        and before it, as the run counts as finished where the network is there."""
         if not self.world.is_main:
             return
-        name = WEIGHTS_FILE if self.config.role == "teacher" else "student.safetensors"
+        path = self.out / (WEIGHTS_FILE if self.config.role == "teacher" else "student.safetensors")
+        if self.step.ema is not None:
+            self.write_network(self.step.ema.module, ema_beside(path), "ema", EMA_METADATA)
+        self.write_network(self.method.student, path, "student", {})
+
+    def write_network(
+        self, network: torch.nn.Module, path: Path, name: str, more: dict[str, str]
+    ) -> None:
+        """Its weights, with what says which they are; `name` as in the columns of metrics.csv."""
         tensors = {
-            k: v.detach().cpu().contiguous().clone()
-            for k, v in self.method.student.state_dict().items()
+            k: v.detach().cpu().contiguous().clone() for k, v in network.state_dict().items()
         }
         metadata = {
             "model": self.config.student,
             "num_classes": str(self.data.num_classes),
-            "top1": f"{self.progress.last['student_top1']:.4f}",
+            "top1": f"{self.progress.last[f'{name}_top1']:.4f}",
+            **more,
         }
-        write_atomically(self.out / name, lambda path: save_file(tensors, path, metadata))
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def end_step(config: RunConfig, total_steps: int) -> int:

@@ -3,7 +3,6 @@ torch's own terms."""
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,14 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import DataError, UsageError
 from ..files import first_line
-from .key_maps import renamed
 from .names import unknown_name
 from .parts import Parts, pooled_head
-from .weights import FILE_SUFFIXES, PACKAGE, load_strict, read_state_dict
+from .weights import check_values, load_strict
 
 
 def create_torchvision(architecture: str, num_classes: int, weights: str | None) -> nn.Module:
-    """A torchvision classifier; `weights` is a file or a member of the model's weights enum."""
+    """A torchvision classifier; `weights` is a member of the model's weights enum."""
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -26,9 +24,6 @@ def create_torchvision(architecture: str, num_classes: int, weights: str | None)
         raise unknown_name("torchvision model", architecture, known)
     model = models.get_model(architecture, weights=None, num_classes=num_classes)
     if weights is None:
-        return model
-    if _is_file(weights):
-        load_strict(model, read_state_dict(weights), weights)
         return model
 
     enum = models.get_model_weights(architecture)
@@ -49,27 +44,20 @@ def create_torchvision(architecture: str, num_classes: int, weights: str | None)
 
 
 def create_timm(architecture: str, num_classes: int, weights: str | None) -> nn.Module:
-    """A timm classifier; `weights` is a file, "pretrained" or a pretrained tag.
-
-    A file may also be one of those whose names key_maps.py knows.
-    """
+    """A timm classifier; `weights` is "pretrained" or a pretrained tag."""
     timm = _import_timm()
     base, _, tag = architecture.partition(".")
     if not timm.is_model(base):
         raise unknown_name("timm model", base, timm.list_models())
-    from_file = weights is not None and _is_file(weights)
-    if not (weights is None or from_file or weights == "pretrained"):
+    if weights not in (None, "pretrained"):
         tag = weights
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
     if tag and tag not in tags:
         raise unknown_name(f"pretrained tag of timm:{base}", tag, tags)
     tagged = f"{base}.{tag}" if tag else base
 
-    if weights is None or from_file:
-        model = timm.create_model(tagged, num_classes=num_classes)
-        if weights is not None:
-            load_strict(model, renamed(read_state_dict(weights), model, weights), weights)
-        return model
+    if weights is None:
+        return timm.create_model(tagged, num_classes=num_classes)
     if not tags:
         raise UsageError(f"timm has no pretrained weights for {base}: pass a file")
     # timm drops a head of another size silently; here it is an error.
@@ -77,12 +65,14 @@ def create_timm(architecture: str, num_classes: int, weights: str | None) -> nn.
     if classes != num_classes:
         raise DataError(f"timm:{tagged}: has {classes} classes, expected {num_classes}")
     try:
-        return timm.create_model(tagged, pretrained=True, num_classes=num_classes)
+        model = timm.create_model(tagged, pretrained=True, num_classes=num_classes)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
             f"cannot download the weights of timm:{tagged} ({first_line(error)}); "
             "pass a file instead"
         ) from error
+    check_values(model.state_dict(), f"timm:{tagged}")
+    return model
 
 
 def imagenet_wordnet_ids() -> list[str]:
@@ -237,16 +227,6 @@ _PLAIN: dict[tuple[str, str], Callable[[Any], nn.Module]] = {
     ("timm.layers.norm_act", "BatchNormAct2d"): _plain_norm_act,
     ("timm.layers.conv2d_same", "Conv2dSame"): _plain_conv_same,
 }
-
-
-def _is_file(weights: str) -> bool:
-    path = Path(weights)
-    return (
-        weights.startswith(PACKAGE)
-        or path.is_file()
-        or path.suffix in FILE_SUFFIXES
-        or len(path.parts) > 1
-    )
 
 
 def _import_timm() -> Any:

@@ -1,7 +1,7 @@
 """State dicts of other packages under the names of the same network here; renaming alone."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -31,6 +31,15 @@ _EFFICIENTNET_BLOCK = {
         "_bn2": "bn2",
     },
 }
+
+
+def foreign_names(model: nn.Module) -> Iterator[set[str]]:
+    """The names by which a file is known to hold `model` under those of another package, one set a
+    package."""
+    own = model.state_dict().keys()
+    for is_theirs, is_ours, _ in _KNOWN:
+        if is_ours <= own:
+            yield is_theirs
 
 
 def renamed(state: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:

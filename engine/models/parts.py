@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ...kernels.backend import in_force
 from ...kernels.dual_path_loss import upcast
@@ -66,6 +67,19 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     # Pixels first: one copy that ends in channels_last, where channels first would need a second.
     x = x.permute(0, 2, 3, 1).reshape(batch, height, width, groups, channels // groups)
     return x.transpose(3, 4).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, out of DataParallel, DistributedDataParallel, AveragedModel and what
+    torch.compile returns: they run it as a whole, and have no layers of their own."""
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    while True:
+        if isinstance(model, kinds):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from ..errors import UsageError
 from ..files import first_line
 from .external import external_parts
-from .parts import Parts, StagedModel
+from .parts import Parts, StagedModel, unwrapped
 from .trace import cut_after
 
 PROBE_SIZES = (32, 224)
@@ -43,7 +43,8 @@ def split_stages(model: nn.Module, at: Iterable[str] | None = None) -> Stages:
 
     Args:
         model: A model of our zoo, a torchvision ResNet, VGG, MobileNet V2 or ShuffleNet V2, a timm
-            ResNet or EfficientNet; any other model that torch.fx can trace, with `at`.
+            ResNet or EfficientNet; any other model that torch.fx can trace, with `at`. One inside
+            DataParallel or torch.compile is taken out of it.
         at: Module paths whose outputs end a stage, in order of execution.
 
     Returns:
@@ -53,6 +54,7 @@ def split_stages(model: nn.Module, at: Iterable[str] | None = None) -> Stages:
         UsageError: No known stages, an unknown path, a model that cannot be traced or cut there, or
             an in-place operation that overwrites a stage output.
     """
+    model = unwrapped(model)
     parts = cut_after(model, tuple(at)) if at is not None else _known_parts(model)
     *channels, width = _probe_channels(model, parts)
     return Stages(list(parts.stages), parts.neck, parts.head, channels, parts.post_relu, width)

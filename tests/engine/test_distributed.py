@@ -386,7 +386,7 @@ def test_a_run_of_two_ranks_leaves_one_set_of_files(runs):
     assert not torch.equal(tensors["rng.cpu"], tensors["rank1.rng.cpu"])
     assert sorted(p.name for p in out.iterdir()) == [
         "checkpoints", "events.jsonl", "metrics.csv", "run.json", "status.json",
-        "student.safetensors", "tensorboard",
+        "student.safetensors", "student_ema.safetensors", "tensorboard",
     ]  # fmt: skip
 
 

@@ -253,6 +253,7 @@ def test_disk_counts_checkpoints_seeds_and_the_average():
     seeds = make_plan(replace(SMALL, seeds=(0, 1, 2))).disk
     assert seeds.need == (3 * 3 + 1) * plain.checkpoint + 3 * plain.student
     averaged = make_plan(replace(SMALL, optim=OptimConfig(ema_decay=0.9))).disk
+    assert averaged.need - 4 * averaged.checkpoint == 2 * plain.student
     assert averaged.checkpoint - plain.checkpoint == pytest.approx(plain.student, rel=0.01)
     plus = make_plan(replace(SMALL, method="dfpt_plus")).disk
     assert plus.checkpoint > plain.checkpoint

@@ -32,7 +32,7 @@ from dfptkd.engine.data.quarantine import read_quarantine
 from dfptkd.engine.errors import DataError, DfptkdError
 from dfptkd.engine.export import read_source
 from dfptkd.engine.log import RunLog
-from dfptkd.engine.models.weights import read_state_dict
+from dfptkd.engine.models.weights import read_tables
 from dfptkd.engine.report import report
 from dfptkd.engine.study_record import put_on_record, read_rows
 from dfptkd.engine.teacher import find_teacher
@@ -99,7 +99,7 @@ def test_row_17_no_code_runs_out_of_weights(tmp_path, name, suffix):
     path = tmp_path / f"teacher{suffix}"
     path.write_bytes(attacks(tmp_path / "marker")[name])
     with pytest.raises(DataError) as refused:
-        read_state_dict(path)
+        read_tables(path)
     assert str(refused.value).startswith(f"{path}: ")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "marker").exists()
@@ -179,11 +179,11 @@ def test_row_17_no_code_runs_out_of_what_should_be_json(tmp_path, finished, caps
     assert not (tmp_path / "marker").exists()
 
 
-def test_row_17_argparse_options_in_weights_are_the_only_objects_allowed(tmp_path):
-    """Training scripts store their options beside the weights: those load."""
+def test_row_17_options_beside_weights_are_read_past(tmp_path):
+    """Training scripts store them there; test_checkpoint_forms.py has all that may be."""
     options = argparse.Namespace(lr=0.1)
     torch.save({"opt": options, "model": {"w": torch.ones(2)}}, tmp_path / "w.pth")
-    assert list(read_state_dict(tmp_path / "w.pth")) == ["w"]
+    assert [list(table.tensors) for table in read_tables(tmp_path / "w.pth")] == [["w"]]
 
 
 # Rubbish -----------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_fuzz_weights(tmp_path, kind):
     @given(mutated(content))
     def check(damaged):
         path.write_bytes(damaged)
-        refused_in_one_line(read_state_dict, path)
+        refused_in_one_line(read_tables, path)
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
     check()

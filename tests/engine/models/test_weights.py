@@ -13,7 +13,7 @@ from torch import nn
 
 from dfptkd.engine.errors import DataError, UsageError
 from dfptkd.engine.models import create_model
-from dfptkd.engine.models.weights import load_strict, read_state_dict
+from dfptkd.engine.models.weights import load_strict, read_tables
 
 NAME = "cifar:resnet8"
 
@@ -111,7 +111,7 @@ def test_malicious_pickle_is_not_executed(tmp_path: Path, new_format: bool) -> N
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "no such weights file" in refusal(tmp_path / "absent.pth")
     assert "no such weights file" in refusal(tmp_path / "absent.pth", "torchvision:resnet18")
-    assert "no such weights file" in refusal(tmp_path)
+    assert "is a folder, expected a weights file (none)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -162,11 +162,12 @@ def test_a_refused_state_dict_leaves_the_model_alone(model: nn.Module) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_read_state_dict_returns_tensors_on_the_cpu(model: nn.Module, tmp_path: Path) -> None:
-    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
-    state = read_state_dict(tmp_path / "w.pth")
-    assert list(state) == list(model.state_dict())
-    assert {value.device.type for value in state.values()} == {"cpu"}
+def test_tables_hold_tensors_on_the_cpu(model: nn.Module, tmp_path: Path) -> None:
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "w.pth")
+    (table,) = read_tables(tmp_path / "w.pth")
+    assert table.where == "model"
+    assert list(table.tensors) == list(model.state_dict())
+    assert {value.device.type for value in table.tensors.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("weights", ["IMAGENET1K_V9", "ResNet50_Weights.IMAGENET1K_V1"])
