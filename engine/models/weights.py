@@ -42,6 +42,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; empty of any other file."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:  # as `read_tensors`, which says so
+        return {}
+
+
 def load_strict(model: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
     """Copies weights into a model, or refuses them before touching it.
 
