@@ -46,6 +46,7 @@ from training_faults import (
 )
 
 from dfptkd.engine.checkpoint import load_checkpoint, newest_checkpoint
+from dfptkd.engine.cli import main
 from dfptkd.engine.config import StepConfig
 
 
@@ -204,6 +205,7 @@ def test_row_20_a_file_that_vanishes_ends_the_run_with_its_name(tmp_path, worker
     (line,) = [line for line in ended.output.splitlines() if line.startswith("dfptkd: ")]
     assert any(file in line for file in gone)
     assert newest(tmp_path / "a") == 4
+    assert main(["status", str(tmp_path / "a")]) == 3
     for file in files[:9]:
         file.write_bytes(files[9].read_bytes())
     assert in_child(train_with_workers, config, folder=tmp_path).code == 0
