@@ -28,7 +28,7 @@ from .alarms import (
     saturation_warning,
     teacher_warning,
 )
-from .checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint
+from .checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint, seconds_to_write
 from .config import RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
 from .data.crops import side_of_epoch
@@ -61,6 +61,8 @@ STEP_GRACE_S = 5.0
 # Steps in which fp16 may look for its scale before an epoch that counts nothing is a failure.
 SCALE_SEARCH_STEPS = 32
 GLANCE_STEPS = 16  # between two looks at how many were skipped
+SLOW_STORAGE_S = 30.0  # for a checkpoint; more is said
+STORAGE_TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -474,6 +476,8 @@ class Trainer:
         self.record = record
         try:
             self.method.train()
+            with self.watchdog.phase("trying the storage"):
+                self.world.of_main(self.try_storage)
             with self.watchdog.phase("measuring the teacher"):
                 self.announce(record)
             self.log.record(record)
@@ -487,6 +491,25 @@ class Trainer:
             self.status("stopped")
             self.log.event("stopped", str(stopped), self.progress.step)
             raise
+
+    def try_storage(self) -> None:
+        """Find out, in rank 0, whether checkpoints can be written, before there is one to lose.
+
+        Raises:
+            StorageError: They cannot.
+        """
+        size, seconds = sum(t.nbytes for t in self.state.tensors().values()), math.inf
+        for _ in range(STORAGE_TRIALS):  # once it may just be busy
+            if seconds > SLOW_STORAGE_S:
+                seconds = min(seconds, seconds_to_write(self.writer.folder, size))
+        if seconds > SLOW_STORAGE_S:
+            self.log.warn(
+                "slow_storage",
+                f"{self.out}: a checkpoint of {size / 1e6:,.0f} MB takes about {seconds:,.0f} s "
+                "there; it is written beside the steps, but the next one waits for it: expected "
+                "--out on a faster disk",
+                self.progress.step,
+            )
 
     def announce(self, record: dict[str, Any]) -> None:
         """Say what is about to run, measure the teacher, and warn of what looks wrong already."""

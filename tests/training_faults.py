@@ -48,7 +48,7 @@ HERE = Path(__file__).parent
 def rank_of(rank: int, size: int, port: int, config: RunConfig, *faults: Fault) -> int:
     """`train` as one of several processes, without a launcher."""
     _join(rank, size, port)
-    faulthandler.dump_traceback_later(20)  # where it hangs, if it does
+    faulthandler.register(signal.SIGUSR2)  # where it hangs, if it does
     return train(config, *faults)
 
 
@@ -73,9 +73,14 @@ def in_ranks(
     ]
     end = time.monotonic() + wait_s
     found = []
-    for process, file in zip(ranks, said, strict=True):
+    for process in ranks:
         process.join(max(end - time.monotonic(), 0))
-        hangs = process.is_alive()
+    stuck = [process.is_alive() for process in ranks]
+    for process, hangs in zip(ranks, stuck, strict=True):
+        if hangs:  # both say where before either is gone
+            os.kill(process.pid, signal.SIGUSR2)
+    time.sleep(0.5 if any(stuck) else 0)
+    for process, file, hangs in zip(ranks, said, stuck, strict=True):
         process.kill()
         process.join()
         found.append(Ended(1000 if hangs else process.exitcode, file.read_text(errors="replace")))
@@ -303,6 +308,14 @@ class NoRetries(Fault):
     def install(self) -> None:
         writer = train_module.CheckpointWriter
         train_module.CheckpointWriter = functools.partial(writer, retry_after=())
+
+
+@dataclass(frozen=True)
+class UntriedStorage(Fault):
+    """For negative controls: nobody tries the disk before the first step."""
+
+    def install(self) -> None:
+        train_module.Trainer.try_storage = lambda trainer: None
 
 
 @dataclass(frozen=True)
