@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -47,6 +48,7 @@ STATE_KINDS: dict[str, type] = {
 }  # fmt: skip
 # Free space to ask for, over the size of the files: the file system takes some for itself.
 SPACE_FACTOR = 1.2
+_PROBE_BYTES = 1 << 22
 RETRY_AFTER_S = (0.5, 2.0)
 # Refusals that waiting does not mend.
 _LASTING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -133,6 +135,44 @@ def save_checkpoint(
     # A copy each: safetensors refuses tensors that share memory, and stores row-major only.
     plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
     return _write(folder, state["step"], plain, _text(state), keep, is_best, warn)
+
+
+def seconds_to_write(folder: Path, size: int) -> float:
+    """About how long a checkpoint of `size` bytes takes to get onto this disk: judged by two small
+    folders that are written, renamed and deleted as one.
+
+    Raises:
+        StorageError: One of these does not work here.
+    """
+    large = min(size, _PROBE_BYTES)
+    small = large // 8
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # What a rename and a flush take does not grow with the size.
+        fixed, whole = (_time_to_write(folder, count) for count in (small, large))
+    except disk_errors() as error:
+        raise StorageError(
+            f"{folder}: no place for checkpoints: a folder could not be written and renamed there "
+            f"({first_line(error)}): expected another --out"
+        ) from error
+    rate = max(whole - fixed, 0.0) / max(large - small, 1)
+    return whole + rate * (size - large)
+
+
+def _time_to_write(folder: Path, size: int) -> float:
+    partial, final = (folder / f".step-0.{end}-{uuid.uuid4().hex[:8]}" for end in ("tmp", "gone"))
+    started = time.monotonic()
+    try:
+        partial.mkdir()
+        (partial / "probe").write_bytes(os.urandom(size))  # a file system may compress
+        flush(partial / "probe")
+        flush(partial)
+        partial.rename(final)
+        flush(folder)
+        return time.monotonic() - started
+    finally:
+        for path in (partial, final):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointWriter:

@@ -30,6 +30,7 @@ VERBS = {
     "train": "train a student: dfptkd train RECIPE [--method M] [--data.root DIR] [options]",
     "train-teacher": "train a recipe's teacher: dfptkd train-teacher RECIPE [options]",
     "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
+    "status": "how a run has ended, as its exit code: dfptkd status RUN... [--since SECONDS]",
     "report": "what runs or studies show: dfptkd report RUN...|STUDY.csv... [--out PATH]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
@@ -81,6 +82,7 @@ def _dispatch(argv: list[str]) -> int:
         "plan": _plan,
         "eval": _eval,
         "report": _report,
+        "status": _status,
         "export": _export,
         "profile": _profile,
         "verify-data": _verify_data,
@@ -388,6 +390,26 @@ class Parser(argparse.ArgumentParser):
 
 def _parser(verb: str) -> Parser:
     return Parser(prog=f"dfptkd {verb}", description=VERBS[verb], allow_abbrev=False)
+
+
+def _status(args: list[str]) -> int:
+    parser = _parser("status")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument(
+        "--since", type=float, default=0.0, help="1 if a run has not moved since (date +%%s)"
+    )
+    options = _parse(parser, args)
+    if options is None:
+        return 0
+    from .records import exit_code_of
+
+    codes = []
+    for run in options.runs:
+        code, line = exit_code_of(run, options.since)
+        print(line)
+        codes.append(code)
+    failed = [code for code in codes if code not in (0, Stopped.exit_code)]
+    return failed[0] if failed else max(codes)
 
 
 def _eval(args: list[str]) -> int:

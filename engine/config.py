@@ -26,6 +26,16 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
         raise UsageError(f"{name}={value!r}: expected {expected}")
 
 
+def _check_statistics(
+    part: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> None:
+    for name, value, low in (("mean", mean, -0.001), ("std", std, 0.0)):
+        _require(
+            value is None or (len(value) == 3 and all(low < v <= 1 for v in value)),
+            f"{part}.{name}", value, "three numbers, pixels in 0..1",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images come from."""
@@ -98,12 +108,7 @@ class DataConfig:
         _require(
             self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels"
         )
-        for name, low in (("mean", -0.001), ("std", 0.0)):
-            value = getattr(self, name)
-            _require(
-                value is None or (len(value) == 3 and all(low < v <= 1 for v in value)),
-                f"data.{name}", value, "three numbers, pixels in 0..1",
-            )  # fmt: skip
+        _check_statistics("data", self.mean, self.std)
         _require(self.num_classes > 1, "data.num_classes", self.num_classes, "at least 2 classes")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         _require(self.timeout >= 0, "data.timeout", self.timeout, "0 or more seconds")
@@ -188,6 +193,11 @@ class TeacherConfig:
     ema: EmaChoice = "auto"
     """Of a file that holds an exponential moving average beside the raw weights, or has one beside
     it: yes takes it; no takes the raw ones; auto the raw ones too, or an average that is alone."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel by which its images are normalised, pixels in 0..1; absent: what its
+    weights are known to want (timm, torchvision, a run of ours), else the data's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, likewise."""
     stages: tuple[str, ...] | None = None
     """Module paths whose outputs end a stage, for a model that has no stages of its own."""
     fold_bn: bool = True
@@ -211,6 +221,11 @@ class TeacherConfig:
         _require(self.epochs >= 1, "teacher.epochs", self.epochs, "an integer of at least 1")
         _require(self.lr > 0, "teacher.lr", self.lr, "a learning rate above 0")
         _require(self.global_batch >= 1, "teacher.global_batch", self.global_batch, "at least 1")
+        _check_statistics("teacher", self.mean, self.std)
+        _require(
+            (self.mean is None) == (self.std is None),
+            "teacher.mean", self.mean, f"both or none of it and teacher.std={self.std!r}",
+        )  # fmt: skip
         _require(
             self.expected_top1 is None or 0 <= self.expected_top1 <= 100,
             "teacher.expected_top1", self.expected_top1, "percent",

@@ -79,6 +79,7 @@ def evaluate_checkpoint(
             f"{path}: a network of {source.data['num_classes']} classes, "
             f"{data.name} has {data.num_classes}: expected the run's own data set"
         )
+    data = dataclasses.replace(data, mean=source.norm.mean, std=source.norm.std)
     model = source.model().to(device=where, memory_format=torch.channels_last)  # type: ignore
     with measured_kernels():  # as in a run, nothing fused serves that was not compared
         accuracy = evaluate(model, data, batch_size=batch_size, workers=config.data.workers)

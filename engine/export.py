@@ -20,6 +20,7 @@ from .checkpoint import load_checkpoint, read_index
 from .errors import DataError, NumericError, UsageError
 from .files import read_tensors, save_file, write_atomically
 from .models import create_model
+from .models.input_norm import InputNorm, trained_norm
 from .models.weights import EMA_METADATA, ema_beside, load_strict
 from .records import RunRecord, read_run
 
@@ -62,6 +63,13 @@ class Source:
         return self.record.run["data"]
 
     @property
+    def norm(self) -> InputNorm:
+        """By what its images are normalised."""
+        found = trained_norm(self.record.run)
+        assert found is not None  # `read_source` has looked
+        return found
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What both files say about the network; numbers and lists as JSON."""
         data = self.data
@@ -72,8 +80,8 @@ class Source:
             "dataset": data.get("name"),
             "num_classes": data["num_classes"],
             "image_size": data["image_size"],
-            "mean": data["mean"],
-            "std": data["std"],
+            "mean": list(self.norm.mean),
+            "std": list(self.norm.std),
             "class_names": data.get("class_names"),
             "top1": self.top1,
         }
@@ -177,6 +185,8 @@ def read_source(path: Path, *, ema: bool = False) -> Source:
             "or a checkpoint (state.safetensors)"
         )
     missing = {"num_classes", "image_size", "mean", "std"} - set(record.run.get("data") or {})
+    if not missing and trained_norm(record.run) is None:
+        missing = {"mean and data.std of three channels"}
     if missing or not isinstance(record.run["config"].get("student"), str):
         what = ", ".join(f"data.{key}" for key in sorted(missing)) or "config.student"
         raise DataError(

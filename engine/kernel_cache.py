@@ -12,11 +12,12 @@ import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -28,6 +29,8 @@ from .log import hardware, versions
 
 FORMAT = "dfptkd.kernels/1"
 VARIABLE = "DFPTKD_KERNEL_CACHE"  # names another file
+LOCK_WAIT_S = 10.0  # for another process, which holds the lock for as long as it takes to write
+_LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -234,9 +237,24 @@ class KernelCache:
         """Of several processes one at a time, where the file system knows locks."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.with_name(f"{self.path.name}.lock"), "w") as file:
-            with suppress(OSError):  # no locks here: then the last of two writers wins
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, LOCK_WAIT_S)
             yield
+
+
+def _lock(file: IO[str], wait_s: float) -> None:
+    """Lock a file, unless there are no locks here, or the one who has it does not move: a process
+    that was halted, a server that is gone. Then the last of two writers wins."""
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return
+            time.sleep(_LOOK_S)
+        except OSError:
+            return
 
 
 def _key(mode: str, site: Site, images: int) -> str:

@@ -224,11 +224,11 @@ class RunLog:
                 self._tensorboard.close()
 
     @contextmanager
-    def progress(self, total_steps: int, done: int, batch: int) -> Iterator[ProgressLine]:
+    def progress(self, total_steps: int, done: int) -> Iterator[ProgressLine]:
         """A bar on a terminal, a plain line now and then elsewhere."""
         # Of several runs none has a bar: a terminal has room for one.
         if self.prefix or not self.console.is_terminal:
-            yield ProgressLine(None, self, total_steps, done, batch)
+            yield ProgressLine(None, self, total_steps, done)
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -240,7 +240,7 @@ class RunLog:
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            yield ProgressLine(bar, self, total_steps, done, batch)
+            yield ProgressLine(bar, self, total_steps, done)
 
 
 class SilentLog(RunLog):
@@ -271,9 +271,9 @@ class SilentLog(RunLog):
         """Nothing."""
 
     @contextmanager
-    def progress(self, total_steps: int, done: int, batch: int) -> Iterator[ProgressLine]:
+    def progress(self, total_steps: int, done: int) -> Iterator[ProgressLine]:
         """A line that is never due."""
-        yield SilentLine(None, self, total_steps, done, batch)
+        yield SilentLine(None, self, total_steps, done)
 
 
 class Terminal:
@@ -404,10 +404,8 @@ def _whole_lines(path: Path) -> list[str]:
 class ProgressLine:
     """Images/s, loss terms and time left, refreshed a few times a second at the most."""
 
-    def __init__(
-        self, bar: Progress | None, log: RunLog, total_steps: int, done: int, batch: int
-    ) -> None:
-        self.bar, self.log, self.total_steps, self.batch = bar, log, total_steps, batch
+    def __init__(self, bar: Progress | None, log: RunLog, total_steps: int, done: int) -> None:
+        self.bar, self.log, self.total_steps = bar, log, total_steps
         self._shown = self._since = time.monotonic()
         self._first = done
         if bar is not None:
@@ -418,10 +416,17 @@ class ProgressLine:
         period = _PLAIN_LINE_S if self.bar is None else _REFRESH_S
         return time.monotonic() - self._shown >= period
 
-    def update(self, epoch: float, step: int, means: dict[str, float]) -> None:
-        """Show the state after `step` steps."""
-        self._shown = now = time.monotonic()
-        speed = (step - self._first) * self.batch / max(now - self._since, 1e-9)
+    def left(self, step: int, pace: float) -> float:
+        """Seconds by the clock to the end of the run, after `step` steps: at the pace since it was
+        started, evaluations and the turns of other runs among it; before the first step at `pace`,
+        steps a second."""
+        if step > self._first:
+            pace = (step - self._first) / max(time.monotonic() - self._since, 1e-9)
+        return (self.total_steps - step) / max(pace, 1e-9)
+
+    def update(self, epoch: float, step: int, means: dict[str, float], speed: float) -> None:
+        """Show the state after `step` steps; `speed` in images a second of the run's own time."""
+        self._shown = time.monotonic()
         terms = "  ".join(
             f"{k.removeprefix('loss/')} {v:.3f}" for k, v in means.items() if k.startswith("loss/")
         )
@@ -430,10 +435,8 @@ class ProgressLine:
             label = f"epoch {epoch:.1f}"
             self.bar.update(self.task, completed=step, description=label, figures=figures)
             return
-        left = (self.total_steps - step) * self.batch / max(speed, 1e-9)
-        self.log.say(
-            f"epoch {epoch:.2f}  step {step}/{self.total_steps}  {figures}  {clock(left)} left"
-        )
+        left = clock(self.left(step, 0.0))
+        self.log.say(f"epoch {epoch:.2f}  step {step}/{self.total_steps}  {figures}  {left} left")
 
 
 class SilentLine(ProgressLine):

@@ -21,7 +21,7 @@ from .alarms import (
     saturation_warning,
     teacher_warning,
 )
-from .errors import DataError
+from .errors import DataError, Stopped
 from .files import first_line
 
 RUN_FORMAT = "dfptkd.run/1"
@@ -96,6 +96,7 @@ _RUN_KEYS: dict[str, tuple[Check, str]] = {
     "teacher.sha256": _TEXT,
     "teacher.top1": _NUMBER,
     "teacher.expected_top1": _NUMBER,
+    "student": _OBJECT,
     "not_known_from_paper": (_maybe(_each((dict, list), lambda _: True)), "an object or a list"),
     "warnings": (_maybe(_each(list, _is(str))), "a list of texts"),
     "data": _OBJECT,
@@ -111,6 +112,7 @@ _STATUS_KEYS: dict[str, tuple[Check, str]] = {
     "last": _NUMBERS,
     "best": _NUMBERS,
     **dict.fromkeys(("epoch", "step", "total_steps", "seconds", "images_per_second"), _NUMBER),
+    **dict.fromkeys(("time", "exit_code"), _NUMBER),
 }
 
 
@@ -201,6 +203,28 @@ def read_run(folder: Path) -> RunRecord:
         metrics=_read_metrics(folder / "metrics.csv"),
         events=_read_events(folder / "events.jsonl"),
     )
+
+
+def exit_code_of(folder: Path, since: float = 0.0) -> tuple[int, str]:
+    """The exit code that a run has left with, and a line that says so: torchrun hides it.
+
+    Args:
+        folder: Of the run.
+        since: Seconds since 1970: what is older is no answer.
+
+    Raises:
+        DataError: No status.json there, or one that is damaged.
+    """
+    path = folder / "status.json"
+    status = _read_json(path)
+    _check(status, _STATUS_KEYS, path)
+    state, step = status.get("state"), status.get("step")
+    if (status.get("time") or 0.0) < since:
+        return 1, f"{folder}: not started since then; {state} at step {step} before"
+    known = {"finished": 0, "stopped": Stopped.exit_code}
+    code = known.get(str(state), status.get("exit_code") or 1)
+    said = {"stopped": ", saved: the same command goes on", "running": ", or killed since"}
+    return int(code), f"{folder}: {state} at step {step}{said.get(str(state), '')}"
 
 
 def find_runs(folder: Path) -> list[Path]:

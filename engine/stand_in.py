@@ -11,9 +11,11 @@ import torch
 from .config import DataConfig, RunConfig
 from .data import ImageData
 from .data.facts import DataFacts
+from .data.file_data import IMAGENET_MEAN, IMAGENET_STD, SOURCES
 from .methods import build_method
 from .models import create_model
 from .models.cost import TeacherCost, count_macs, count_params, teacher_cost, training_macs
+from .models.input_norm import InputNorm, InputNorms, given_norm, stated_norm
 from .step import TrainStep
 
 
@@ -29,8 +31,21 @@ def stand_in(config: RunConfig, facts: DataFacts) -> RunConfig:
         # CRD holds something of each; of more than there are here, `run_memory` adds it.
         train_limit=max(facts.train_images, config.global_batch) if config.loss.crd else None,
     )
-    teacher = dataclasses.replace(config.teacher, weights=None)
+    norm = _own_norm(config, facts)
+    mean, std = (None, None) if norm is None else (norm.mean, norm.std)
+    teacher = dataclasses.replace(config.teacher, weights=None, mean=mean, std=std)
     return dataclasses.replace(config, data=data, teacher=teacher, student_weights=None)
+
+
+def _own_norm(config: RunConfig, facts: DataFacts) -> InputNorm | None:
+    """That of the teacher, if it is not the data's as far as that is known without them."""
+    teacher, data = config.teacher, config.data
+    found = given_norm(teacher.mean, teacher.std)
+    found = found or stated_norm(teacher.name, teacher.weights, facts.num_classes)
+    if data.name not in SOURCES:
+        return found
+    own = InputNorm(data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD)  # type: ignore[arg-type]
+    return None if found is None or found.equals(own) else found
 
 
 def build_step(
@@ -55,7 +70,9 @@ def build_step(
     teacher = None
     if config.method != "ce":
         teacher = create_model(config.teacher.name, num_classes=data.num_classes)
-    method = build_method(config, student, teacher, data.train.labels)
+    own, wanted = InputNorm(data.mean, data.std), config.teacher
+    norms = InputNorms.of(own, None, given_norm(wanted.mean, wanted.std), teacher is not None)
+    method = build_method(config, student, teacher, data.train.labels, norms.entry())
     method.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     return TrainStep(
         method,

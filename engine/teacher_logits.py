@@ -40,6 +40,7 @@ from .log import RunLog, hardware, versions
 from .logits_file import SUFFIX, LogitsFile, Rows
 from .methods import Method
 from .models.dual_path import FrozenOutputs
+from .models.input_norm import InputNorm
 from .step import TrainStep, compute_precision
 
 FREE_SHARE = 0.25  # of the free memory that the table may take
@@ -188,6 +189,7 @@ class TeacherLogits:
         data: Its data set.
         need: What was foreseen.
         teacher_sha256: The teacher's fingerprint.
+        norm: By what its images are normalised, if not as the student's.
     """
 
     def __init__(
@@ -197,9 +199,10 @@ class TeacherLogits:
         data: ImageData,
         need: Outlook,
         teacher_sha256: str,
+        norm: InputNorm | None = None,
     ) -> None:
         self.method, self.config, self.data, self.need = method, config, data, need
-        self.teacher_sha256 = teacher_sha256
+        self.teacher_sha256, self.norm = teacher_sha256, norm
         self.sizes: tuple[int, ...] = ()
         """Numbers of images that may be computed together, descending; empty: nothing is kept."""
         self.batch = 0
@@ -343,6 +346,7 @@ class TeacherLogits:
             "flip": first.flip is not None,
             "mean": list(data.mean),
             "std": list(data.std),
+            **({} if self.norm is None else {"teacher_norm": [self.norm.mean, self.norm.std]}),
             "precision": step.precision,
             "fold_bn": self.config.teacher.fold_bn,
             "together": self.batch,

@@ -6,11 +6,12 @@ data -> student -> teacher -> method -> epochs (steps, evaluation, checkpoint) -
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import signal
 import statistics
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from .alarms import (
     saturation_warning,
     teacher_warning,
 )
-from .checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint
+from .checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint, seconds_to_write
 from .config import RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
 from .data.crops import side_of_epoch
@@ -43,6 +44,7 @@ from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import teacher_cost
+from .models.input_norm import InputNorm, InputNorms, given_norm, stated_norm
 from .models.weights import EMA_METADATA, ema_beside
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
@@ -60,6 +62,8 @@ STEP_GRACE_S = 5.0
 # Steps in which fp16 may look for its scale before an epoch that counts nothing is a failure.
 SCALE_SEARCH_STEPS = 32
 GLANCE_STEPS = 16  # between two looks at how many were skipped
+SLOW_STORAGE_S = 30.0  # for a checkpoint; more is said
+STORAGE_TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -239,18 +243,64 @@ def prepare(
         check_same_teacher(teacher_record, world)
     for note in notes if world.is_main else ():
         print(f"{prefix}{note}")
-    method = build_method(config, student, teacher, data.train.labels)
+    found = world.of_main(
+        lambda: norms_of(config, data, teacher_record, checkpoint, warn).to_json()
+    )
+    norms = InputNorms.from_json(InputNorm(data.mean, data.std), found)
+    method = build_method(config, student, teacher, data.train.labels, norms.entry())
     record = run_record(config, data, student, cost, teacher_record, device, world)
+    for name, norm in norms.by_network.items():
+        record[name] = (record.get(name) or {}) | norm.to_json()
     record["warnings"] += said
+    # From here on the data's statistics are those by which its images are normalised.
+    data = dataclasses.replace(data, mean=norms.student.mean, std=norms.student.std)
     if config.step.sync_bn and world.size > 1:
         synchronise_batch_norms(method.trained_networks())
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world)
+    trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world, norms)
     if teacher_record is not None:
         trainer.remember_logits(teacher_record["sha256"], seeds)
     if not world.is_main:  # from here on dropout and the like draw differently in every process
         torch.manual_seed(world.seed_of_rank(config.seed, 0))
     return Pending(trainer, checkpoint, record, RandomState(device))
+
+
+def norms_of(
+    config: RunConfig,
+    data: ImageData,
+    teacher: dict[str, Any] | None,
+    checkpoint: Checkpoint | None,
+    warn: Callable[[str], None],
+) -> InputNorms:
+    """By what the images of each network are normalised, from now on or as the run was begun.
+
+    Args:
+        config: The run.
+        data: Its data set.
+        teacher: What run.json says of the teacher; None: there is none.
+        checkpoint: What the run goes on from.
+        warn: Gets a line where a new run would do otherwise.
+    """
+    own = InputNorm(data.mean, data.std)
+    student = stated_norm(config.student, config.student_weights, data.num_classes)
+    found = None
+    if teacher is not None:
+        found = given_norm(config.teacher.mean, config.teacher.std)
+        found = found or stated_norm(teacher["name"], teacher["weights"], data.num_classes)
+    now = InputNorms.of(own, student, found, teacher is not None)
+    if checkpoint is None:
+        return now
+    # A run that is older than this did as the data says.
+    begun = checkpoint.state.get("norms") or dict.fromkeys(now.by_network)
+    then = InputNorms.from_json(own, begun)
+    for name, norm in then.by_network.items():
+        other = now.by_network.get(name, norm)
+        if not norm.equals(other):
+            warn(
+                f"{checkpoint.path}: the {name}'s images have been normalised by {norm}, and go on "
+                f"so; by {other} ({other.source}) in a new run (--out)"
+            )
+    return then
 
 
 def check_same_teacher(record: dict[str, Any], world: World) -> None:
@@ -265,7 +315,12 @@ def check_same_teacher(record: dict[str, Any], world: World) -> None:
 
 
 def share(runs: Sequence[Pending]) -> None:
-    """Let runs that differ in their seed alone hold and compute once what is the same for all."""
+    """Let runs that differ in their seed alone hold and compute once what is the same for all.
+
+    One that was begun with images that are normalised otherwise has nothing in common with them.
+    """
+    if any(run.trainer.norms.figures != runs[0].trainer.norms.figures for run in runs):
+        return
     groups: dict[tuple[int, int], Trainer] = {}
     new = [run.trainer.step for run in runs if run.checkpoint is None]
     for step in new:
@@ -298,8 +353,11 @@ class Trainer:
         stop: StopRequest,
         prefix: str = "",
         world: World = SINGLE,
+        norms: InputNorms | None = None,
     ) -> None:
         self.config, self.out, self.data, self.method = config, out, data, method
+        own = InputNorm(data.mean, data.std)
+        self.norms = norms or InputNorms(own, own, None if method.frozen_teacher() is None else own)
         self.device, self.total_steps, self.world = device, total_steps, world
         self.stop = StopVote(stop, world)
         self.per_epoch = steps_per_epoch(len(data.train), config.global_batch)
@@ -340,6 +398,7 @@ class Trainer:
         self.joint: JointStep | None = None
         self.last_step = time.monotonic()  # when the last stretch of steps ended
         self.stretch: Stretch | None = None
+        self.line: ProgressLine
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
         self.alarmed = False
@@ -372,7 +431,8 @@ class Trainer:
             device=self.device,
             available=available_bytes(self.device) // self.world.size,
         )
-        self.logits = TeacherLogits(self.method, config, self.data, need, teacher_sha256)
+        norm = self.norms.teacher if self.norms.entry() else None
+        self.logits = TeacherLogits(self.method, config, self.data, need, teacher_sha256, norm)
         if need.obstacle is None:
             self.step.remember_logits(self.logits)
 
@@ -416,8 +476,8 @@ class Trainer:
             except BaseException as error:
                 with suppress(Exception):  # what is being written is to be whole all the same
                     self.writer.finish()
-                self.status("failed")
                 explanation = explained(error, self.watchdog.latest, self.config, self.world)
+                self.status("failed", getattr(explanation, "exit_code", DfptkdError.exit_code))
                 if explanation is not error:
                     raise explanation from error
                 raise
@@ -430,6 +490,8 @@ class Trainer:
         self.record = record
         try:
             self.method.train()
+            with self.watchdog.phase("trying the storage"):
+                self.world.of_main(self.try_storage)
             with self.watchdog.phase("measuring the teacher"):
                 self.announce(record)
             self.log.record(record)
@@ -443,6 +505,25 @@ class Trainer:
             self.status("stopped")
             self.log.event("stopped", str(stopped), self.progress.step)
             raise
+
+    def try_storage(self) -> None:
+        """Find out, in rank 0, whether checkpoints can be written, before there is one to lose.
+
+        Raises:
+            StorageError: They cannot.
+        """
+        size, seconds = sum(t.nbytes for t in self.state.tensors().values()), math.inf
+        for _ in range(STORAGE_TRIALS):  # once it may just be busy
+            if seconds > SLOW_STORAGE_S:
+                seconds = min(seconds, seconds_to_write(self.writer.folder, size))
+        if seconds > SLOW_STORAGE_S:
+            self.log.warn(
+                "slow_storage",
+                f"{self.out}: a checkpoint of {size / 1e6:,.0f} MB takes about {seconds:,.0f} s "
+                "there; it is written beside the steps, but the next one waits for it: expected "
+                "--out on a faster disk",
+                self.progress.step,
+            )
 
     def announce(self, record: dict[str, Any]) -> None:
         """Say what is about to run, measure the teacher, and warn of what looks wrong already."""
@@ -460,6 +541,7 @@ class Trainer:
         for note in self.data.passed_over:
             record["warnings"].append(note)
             log.warn("passed_over", note, self.progress.step)
+        log.say(str(self.norms))
         for note in self.data.notes:
             record["warnings"].append(note)
             log.warn("quarantine", note, self.progress.step)
@@ -509,7 +591,8 @@ class Trainer:
     def epochs(self) -> Iterator[None]:
         """The loop: steps, evaluation, checkpoint."""
         progress, meter = self.progress, self.step.meter
-        with self.log.progress(self.end_step, progress.step, self.config.global_batch) as line:
+        with self.log.progress(self.end_step, progress.step) as line:
+            self.line = line
             while True:
                 at_edge = progress.step % self.per_epoch == 0 or progress.step >= self.end_step
                 # A run may also have been stopped right at the edge, its epoch not yet evaluated.
@@ -558,7 +641,7 @@ class Trainer:
             if line.due():
                 self.step.join()
                 means = self.step.meter.read(config.has_prompt_path, own=True)
-                line.update(progress.step / self.per_epoch, progress.step, means)
+                line.update(progress.step / self.per_epoch, progress.step, means, self.speed())
             if self.stop or progress.step >= self.end_step:
                 break
         self.step.join()
@@ -567,7 +650,17 @@ class Trainer:
         self.last_step = time.monotonic()
         seconds = now.seconds - progress.seconds
         progress.seconds, progress.replaced = now.seconds, now.replaced
-        progress.speeds.append((progress.step - first) * config.global_batch / max(seconds, 1e-9))
+        progress.speeds.append(self.images_per_second(progress.step - first, seconds))
+
+    def speed(self) -> float:
+        """Images a second of the steps under way, as the epoch's line will say it of all."""
+        assert self.stretch is not None
+        steps = self.progress.step - self.stretch.first
+        return self.images_per_second(steps, self.with_stretch().seconds - self.progress.seconds)
+
+    def images_per_second(self, steps: int, seconds: float) -> float:
+        """Of so many steps in so many seconds of this run's own."""
+        return steps * self.config.global_batch / max(seconds, 1e-9)
 
     def turns_of_others(self) -> Iterator[None]:
         """What they take is not this run's time; of joint steps each has an equal share, whichever
@@ -778,9 +871,9 @@ class Trainer:
         ]
         if self.data.skipped_test:
             parts.append(f"(without {self.data.skipped_test} test images in quarantine)")
-        left = (self.end_step - self.progress.step) * self.config.global_batch
         speed = row["images_per_second"]
-        return "  ".join([*parts, f"{speed:,.0f} images/s", f"{clock(left / speed)} left"])
+        left = self.line.left(self.progress.step, speed / self.config.global_batch)
+        return "  ".join([*parts, f"{speed:,.0f} images/s", f"{clock(left)} left"])
 
     def check_spike(self, cross_entropy: float) -> None:
         """Warn of an epoch that was far worse than those before; it is no reason to stop."""
@@ -971,8 +1064,8 @@ class Trainer:
             columns += [f"prompt_norm/{stage}" for stage in self.method.teacher.pairs]  # type: ignore
         return [*columns, "seconds", "images_per_second"]
 
-    def status(self, state: str) -> None:
-        """Write status.json."""
+    def status(self, state: str, exit_code: int | None = None) -> None:
+        """Write status.json; `exit_code`: with which a run that has failed is about to leave."""
         progress = self.progress
         self.log.status(
             state=state,
@@ -984,6 +1077,7 @@ class Trainer:
             seconds=progress.seconds,
             replaced_images=progress.replaced,
             images_per_second=statistics.median(progress.speeds) if progress.speeds else None,
+            **({} if exit_code is None else {"exit_code": exit_code}),
         )
 
     # What a checkpoint holds
@@ -1004,6 +1098,7 @@ class Trainer:
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,
             "data": self.data_identity(),
+            "norms": self.norms.to_json(),
             "kernels": self.step.kernels.record(),
             "config": to_dict(self.config),
             "versions": versions(),
@@ -1089,6 +1184,7 @@ class Trainer:
             "num_classes": str(self.data.num_classes),
             "top1": f"{self.progress.last[f'{name}_top1']:.4f}",
             **more,
+            **{name: json.dumps(list(getattr(self.data, name))) for name in ("mean", "std")},
         }
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 

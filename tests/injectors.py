@@ -510,10 +510,10 @@ def hang_up(terminal: str, out: str) -> None:
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     os.environ["TERM"] = "xterm"
     log = RunLog(Path(out), ["epoch", "step"], None)
-    with log.progress(100, 0, 8) as line:
+    with log.progress(100, 0) as line:
         for step in range(100):
             time.sleep(0.01)
-            line.update(step / 10, step, {"loss/total": 1.0})
+            line.update(step / 10, step, {"loss/total": 1.0}, 8.0)
     log.row({"epoch": 1, "step": 100})
     log.say("end")
     log.close()

@@ -29,11 +29,12 @@ from injectors import TIMEOUT_S, Ended, Fault, Kill, Refuse, _child, start, trai
 
 from dfptkd.engine import checkpoint as checkpoint_module
 from dfptkd.engine import log as log_module
+from dfptkd.engine import run_state as run_state_module
 from dfptkd.engine import train as train_module
 from dfptkd.engine.cli import main
 from dfptkd.engine.config import RunConfig, from_dict
 from dfptkd.engine.data import torchvision_loader
-from dfptkd.engine.errors import DfptkdError
+from dfptkd.engine.errors import DataError, DfptkdError
 from dfptkd.engine.export import export_student
 from dfptkd.engine.together import SharedBatches
 from dfptkd.engine.train import run_seeds
@@ -48,7 +49,7 @@ HERE = Path(__file__).parent
 def rank_of(rank: int, size: int, port: int, config: RunConfig, *faults: Fault) -> int:
     """`train` as one of several processes, without a launcher."""
     _join(rank, size, port)
-    faulthandler.dump_traceback_later(20)  # where it hangs, if it does
+    faulthandler.register(signal.SIGUSR2)  # where it hangs, if it does
     return train(config, *faults)
 
 
@@ -73,9 +74,14 @@ def in_ranks(
     ]
     end = time.monotonic() + wait_s
     found = []
-    for process, file in zip(ranks, said, strict=True):
+    for process in ranks:
         process.join(max(end - time.monotonic(), 0))
-        hangs = process.is_alive()
+    stuck = [process.is_alive() for process in ranks]
+    for process, hangs in zip(ranks, stuck, strict=True):
+        if hangs:  # both say where before either is gone
+            os.kill(process.pid, signal.SIGUSR2)
+    time.sleep(0.5 if any(stuck) else 0)
+    for process, file, hangs in zip(ranks, said, stuck, strict=True):
         process.kill()
         process.join()
         found.append(Ended(1000 if hangs else process.exitcode, file.read_text(errors="replace")))
@@ -306,6 +312,14 @@ class NoRetries(Fault):
 
 
 @dataclass(frozen=True)
+class UntriedStorage(Fault):
+    """For negative controls: nobody tries the disk before the first step."""
+
+    def install(self) -> None:
+        train_module.Trainer.try_storage = lambda trainer: None
+
+
+@dataclass(frozen=True)
 class SynchronousPoll(Fault):
     """For negative controls: a save that is under way is not waited for before the next one."""
 
@@ -342,6 +356,66 @@ class Spoil(Fault):
 
         trainer_step._image_parts = spoilt
         around_step(act)
+
+
+@dataclass(frozen=True)
+class Forgetful(Fault):
+    """For negative controls: a run that goes on has lost its optimiser's momentum."""
+
+    def install(self) -> None:
+        restored = run_state_module.restore_optimizer
+
+        def forget(optimizer: Any, tensors: Any) -> None:
+            restored(optimizer, tensors)
+            for value in checkpoint_module.optimizer_tensors(optimizer).values():
+                value.zero_()
+
+        run_state_module.restore_optimizer = forget
+
+
+@dataclass(frozen=True)
+class OrderOfRank(Fault):
+    """For negative controls: each rank shuffles by a seed of its own."""
+
+    def install(self) -> None:
+        original = SharedBatches.__init__
+
+        def init(batches: Any, *args: Any, **options: Any) -> None:
+            original(batches, *args, **options)
+            batches.seed += batches.options["shard"][0]
+
+        SharedBatches.__init__ = init
+
+
+@dataclass(frozen=True)
+class DrawsOfWorker(Fault):
+    """For negative controls: a process that decodes draws crops by a seed of its own."""
+
+    def install(self) -> None:
+        original = torchvision_loader.TorchvisionSplit.decode
+
+        def decode(split: Any, samples: Any, seed: int, epoch: int, side: Any = None) -> Any:
+            worker = torch.utils.data.get_worker_info()
+            own = seed if worker is None else seed + 1 + worker.id
+            return original(split, samples, own, epoch, side)
+
+        torchvision_loader.TorchvisionSplit.decode = decode
+
+
+@dataclass(frozen=True)
+class BlackForLost(Fault):
+    """For negative controls: a picture that is gone is a black one."""
+
+    def install(self) -> None:
+        original = torchvision_loader.TorchvisionSplit.open
+
+        def opened(split: Any, sample: int) -> Any:
+            try:
+                return original(split, sample)
+            except DataError:
+                return torchvision_loader.Image.new("RGB", (32, 32))
+
+        torchvision_loader.TorchvisionSplit.open = opened
 
 
 @dataclass(frozen=True)

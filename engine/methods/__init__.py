@@ -29,12 +29,14 @@ def build_method(
     student: nn.Module,
     teacher: nn.Module | None,
     labels: Tensor | None = None,
+    entry: nn.Module | None = None,
 ) -> Method:
     """The method that `config` names, around a student and (but for `ce`) a pre-trained teacher.
 
     The student must exist before this call: prompt modules draw from the random stream after it,
     and embeddings after those, so that a student starts from the same weights under every method.
     `labels`, int64 [N] of the training images, are for `loss.crd`, which keeps something of each.
+    `entry` is what the teacher's images pass first, where it wants them normalised otherwise.
     """
     if config.method == "ce":
         return CrossEntropy(student, config.loss)
@@ -44,7 +46,9 @@ def build_method(
     if frozen is None and config.loss.mixture_control:
         frozen = MixtureControl
     if frozen is not None:
-        return frozen(student, freeze(teacher, fold=config.teacher.fold_bn), config.loss)
+        network = freeze(teacher, fold=config.teacher.fold_bn)
+        network = network if entry is None else nn.Sequential(entry, network)
+        return frozen(student, network, config.loss)
     dual = DualPathTeacher(
         teacher,
         prompt=config.prompt,
@@ -52,6 +56,7 @@ def build_method(
         fold_bn=config.teacher.fold_bn,
         joint=config.step.joint_paths,
         at=config.teacher.stages,
+        entry=entry,
     )
     if config.loss.added:
         return CombinedDistillation(student, dual, config.loss, labels, config.seed)

@@ -110,6 +110,7 @@ class DualPathTeacher(nn.Module):
             together: half the calls, while the input gradient of the original half is computed in
             vain. For batches so small that a call costs more than its arithmetic.
         at: Module paths that end a stage, for a model without stages of its own.
+        entry: What the images pass before the first stage of either path; absent: nothing.
 
     Raises:
         UsageError: `joint` with a copied backbone, `prompt.insert_stages` names a stage that the
@@ -125,6 +126,7 @@ class DualPathTeacher(nn.Module):
         fold_bn: bool = True,
         joint: bool = False,
         at: Iterable[str] | None = None,
+        entry: nn.Module | None = None,
     ) -> None:
         super().__init__()
         teacher.eval().requires_grad_(False)
@@ -166,6 +168,10 @@ class DualPathTeacher(nn.Module):
         if joint and self.copied is not None:
             raise UsageError("joint paths: expected a frozen backbone in eval mode (dfpt)")
         self.joint = joint
+        if entry is not None:
+            for path in (self.original, self.copied):
+                if path is not None:
+                    path.stages[0] = nn.Sequential(entry, path.stages[0])
         self.original.shared = self.shared_stages
         self.train()
 

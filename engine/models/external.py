@@ -3,6 +3,7 @@ torch's own terms."""
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from ..errors import DataError, UsageError
 from ..files import first_line
 from .names import unknown_name
 from .parts import Parts, pooled_head
-from .weights import check_values, load_strict
+from .weights import check_values, is_file, load_strict
 
 
 def create_torchvision(architecture: str, num_classes: int, weights: str | None) -> nn.Module:
@@ -73,6 +74,54 @@ def create_timm(architecture: str, num_classes: int, weights: str | None) -> nn.
         ) from error
     check_values(model.state_dict(), f"timm:{tagged}")
     return model
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...], str]
+"""Mean and standard deviation of each channel, pixels in 0..1, and who says so."""
+
+
+def torchvision_statistics(architecture: str, weights: str, num_classes: int) -> Statistics | None:
+    """What torchvision says of its weights, also in a file that has the name of its download.
+
+    Arguments as of `create_torchvision`. None: it says nothing.
+    """
+    from torchvision import models
+
+    enum = models.get_model_weights(architecture)
+    if is_file(weights):
+        entry = next((e for e in enum if Path(e.url).name == Path(weights).name), None)
+    else:
+        entry = enum.__members__.get(weights.rpartition(".")[2])
+    if entry is None or len(entry.meta["categories"]) != num_classes:
+        return None
+    source = f"torchvision's {entry}"
+    if architecture in TRANSFORM_INPUT:
+        return (0.5,) * 3, (0.5,) * 3, f"{source}, with its transform_input"
+    transforms = entry.transforms()
+    return tuple(transforms.mean), tuple(transforms.std), source
+
+
+TRANSFORM_INPUT = ("googlenet", "inception_v3")
+"""Weights of TensorFlow: torchvision's own builders let these networks turn images that are
+normalised as ImageNet's into what they were trained with; `create_torchvision` does not."""
+
+
+def timm_statistics(architecture: str, weights: str, num_classes: int) -> Statistics | None:
+    """What timm's configuration says of a model's weights; of a file, where it has the classes of
+    those that timm has trained.
+
+    Arguments as of `create_timm`. None: it says nothing.
+    """
+    timm = _import_timm()
+    base, _, tag = architecture.partition(".")
+    if not is_file(weights) and weights != "pretrained":
+        tag = weights
+    tagged = f"{base}.{tag}" if tag else base
+    config = timm.get_pretrained_cfg(tagged)
+    if config is None or config.num_classes != num_classes:
+        return None
+    name = f"{config.architecture}.{config.tag}" if config.tag else base
+    return tuple(config.mean), tuple(config.std), f"timm's configuration of {name}"
 
 
 def imagenet_wordnet_ids() -> list[str]:

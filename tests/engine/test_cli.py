@@ -183,3 +183,35 @@ def test_help_lists_every_option(capsys):
     text = capsys.readouterr().out
     missing = [n for n in option_types(RunConfig) if n not in text and "-no-" not in n]
     assert not [n for n in missing if ".no-" not in n]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        ({"state": "finished", "step": 8}, 0, "finished at step 8"),
+        ({"state": "stopped", "step": 3}, 75, "saved: the same command goes on"),
+        ({"state": "failed", "step": 3, "exit_code": 4}, 4, "failed at step 3"),
+        ({"state": "failed", "step": 3}, 1, "failed at step 3"),  # of an older version
+        ({"state": "running", "step": 3}, 1, "killed since"),
+    ],
+)
+def test_status_leaves_with_the_code_that_a_launcher_hides(tmp_path, capsys, status, code, words):
+    now = time.time()
+    (tmp_path / "status.json").write_text(json.dumps({**status, "time": now}))
+    assert main(["status", str(tmp_path), "--since", f"{now - 5}"]) == code
+    assert words in capsys.readouterr().out
+    # What an earlier job has left says nothing of this one, which may not even have begun.
+    assert main(["status", str(tmp_path), "--since", f"{now + 5}"]) == 1
+    assert "not started since then" in capsys.readouterr().out
+
+
+def test_status_of_several_runs_is_that_of_the_worst(tmp_path, capsys):
+    states = {"a": {"state": "finished"}, "b": {"state": "stopped"}, "c": {"state": "failed"}}
+    for name, status in states.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text(json.dumps({**status, "exit_code": 3}))
+    folders = [str(tmp_path / name) for name in states]
+    assert [main(["status", *folders[:n]]) for n in (1, 2, 3)] == [0, 75, 3]
+    code, line = refused(f"status {tmp_path / 'd'}", capsys)
+    assert code == 3
+    assert "status.json" in line

@@ -73,6 +73,8 @@ REFUSED = {
     },
     TeacherConfig: {
         "epochs": AT_LEAST_ONE,
+        "mean": ((0.5, 0.5), (0.5, 0.5, 1.1), (0.5, 0.5, NAN)),
+        "std": ((0.5, 0.5), (0.5, 0.5, 0.0)),
         "lr": POSITIVE,
         "global_batch": AT_LEAST_ONE,
         "expected_top1": (-1.0, 100.1, NAN),

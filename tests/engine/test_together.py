@@ -1,11 +1,13 @@
 """Several seeds at once: each ends as it would have alone, and shares what is the same for all."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from dfptkd.engine import log as log_module
 from dfptkd.engine import together
 from dfptkd.engine import train as train_module
 from dfptkd.engine.checkpoint import load_checkpoint
@@ -195,6 +197,47 @@ def test_remembered_asks_for_the_object_not_for_its_value():
     assert len(calls) == 1
     double(b)
     assert len(calls) == 2
+
+
+class Clock:
+    """Stands for the module `time`: moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+def test_a_progress_line_says_the_speed_that_the_epochs_line_says(
+    root, tmp_path, monkeypatch, capsys
+):
+    """Of a run alone; what is left is by the clock, with the turns of the others."""
+    clock = Clock()
+    for module in (train_module, log_module):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(log_module, "_PLAIN_LINE_S", 0.0)
+    step = train_module.TrainStep.__call__
+
+    def timed(self, batch, number):
+        step(self, batch, number)
+        clock.now += {0: 2.0, 1: 14.0}[self.config.seed]  # 4 images a second, and 0.57
+
+    monkeypatch.setattr(train_module.TrainStep, "__call__", timed)
+    run_seeds(make_config(root, "ce", out_root=str(tmp_path), seeds=(0, 1)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    mine = [line for line in lines if line.startswith("seed 0")]
+    assert len(mine) == 6 + 2
+    assert all("  4 images/s  " in line for line in mine)
+    assert all("  1 images/s  " in line for line in lines if line not in mine)
+    # After step 2 of 6: the other's turn is over, 16 s for both.
+    (second,) = [line for line in mine if "step 2/6" in line]
+    assert second.endswith("  1:04 left")
+    (epoch,) = [line for line in mine if "epoch 1/2" in line]
+    assert epoch.endswith("  0:48 left")
 
 
 def test_terminal_lines_name_the_seed(root, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Disks that refuse and files that are not what was written (rows 15, 16, 18)."""
+"""Disks that refuse or crawl, and files that are not what was written (rows 15, 16, 18, 32)."""
 
 import errno
 import json
@@ -26,8 +26,10 @@ from injectors import (
     with_faults,
     write_teacher,
 )
+from training_faults import NoRetries, UntriedStorage
 
 from dfptkd.engine import checkpoint as checkpoint_module
+from dfptkd.engine import train as train_module
 from dfptkd.engine.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -36,6 +38,7 @@ from dfptkd.engine.checkpoint import (
     newest_checkpoint,
     read_index,
     save_checkpoint,
+    seconds_to_write,
 )
 from dfptkd.engine.errors import DataError, StorageError
 from dfptkd.engine.files import write_atomically
@@ -395,3 +398,53 @@ def test_row_18_progress_of_another_version_is_refused(tmp_path):
     run(tiny_config(tmp_path / "a", max_steps=4))
     real = load_checkpoint(tmp_path / "a/checkpoints/step-4")
     assert real.part("progress", Progress).step == 4
+
+
+# Row 32 -------------------------------------------------------------------------------------------
+
+
+def test_row_32_a_disk_that_renames_no_folder_is_refused_before_the_first_step(tmp_path):
+    """Control: unlooked at, the run does all its steps and loses them."""
+    refuse = Refuse("rename", errno.EXDEV, "step-")
+    ended = in_child(train, tiny_config(tmp_path / "a"), refuse, folder=tmp_path)
+    assert ended.code == StorageError.exit_code
+    assert "no place for checkpoints" in ended.output
+    assert "Traceback" not in ended.output
+    assert len((tmp_path / "a/metrics.csv").read_text().splitlines()) == 1  # the header
+    assert not list((tmp_path / "a/checkpoints").iterdir())
+    faults = (refuse, NoRetries(), UntriedStorage())
+    control = in_child(train, tiny_config(tmp_path / "b"), *faults, folder=tmp_path)
+    assert control.code == StorageError.exit_code
+    assert len((tmp_path / "b/metrics.csv").read_text().splitlines()) == 3
+    assert not list((tmp_path / "b/checkpoints").glob("step-*"))
+
+
+def test_row_32_what_a_checkpoint_takes_is_judged_by_little(tmp_path, monkeypatch):
+    """A disk of 1 MB/s with 50 ms a flush: 200 MB in 200 s and a little."""
+    now = [0.0]
+
+    def slow_flush(path):
+        now[0] += 0.05 + (path.stat().st_size / 1e6 if path.is_file() else 0.0)
+
+    monkeypatch.setattr(checkpoint_module, "flush", slow_flush)
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: now[0])
+    assert seconds_to_write(tmp_path / "new", 200_000_000) == pytest.approx(200.15)
+    assert now[0] < 6
+    assert seconds_to_write(tmp_path / "new", 0) == pytest.approx(0.15)
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(("seconds", "trials", "warns"), [((99,) * 3, 3, 1), ((99, 2), 2, 0)])
+def test_row_32_slow_storage_is_said_at_the_start_unless_it_was_busy_once(
+    tmp_path, monkeypatch, capsys, seconds, trials, warns
+):
+    found = iter(seconds)
+    calls = []
+    monkeypatch.setattr(
+        train_module, "seconds_to_write", lambda *args: calls.append(args) or next(found)
+    )
+    run(tiny_config(tmp_path / "a", max_steps=1))
+    assert len(calls) == trials
+    assert capsys.readouterr().out.count("takes about 99 s there") == warns
+    size = (tmp_path / "a/checkpoints/step-1/state.safetensors").stat().st_size
+    assert calls[0][1] == pytest.approx(size, rel=0.1)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,7 @@ from training_faults import (
 )
 
 from dfptkd.engine.checkpoint import checkpoints, newest_checkpoint
+from dfptkd.engine.cli import main
 
 END = 8
 TORCHRUN = tuple(
@@ -106,8 +108,10 @@ def test_row_3_control_without_a_handler_the_signal_kills(tmp_path):
 def test_row_3_signals_to_the_launcher_stop_all_ranks_at_one_step(tmp_path):
     """By torchrun, with the launch line of the README; then gone on with by the same two ranks."""
     config = tiny_config(tmp_path / "a", epochs=6)
-    fault = Signal(5, rank=1, number=int(signal.SIGUSR1), to="launcher")
+    fault, started = Signal(5, rank=1, number=int(signal.SIGUSR1), to="launcher"), time.time()
     done = end_of(program(config, fault, launcher=TORCHRUN))
+    assert done.code == 1  # torchrun's, whatever its workers left with
+    assert main(["status", str(tmp_path / "a"), "--since", str(started)]) == 75
     said = re.findall(r"stopped by SIG\w+ at step (\d+)", done.output)
     assert len(said) == 1, done.output  # rank 0 says it for both
     assert 6 <= int(said[0]) <= 8

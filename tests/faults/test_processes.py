@@ -23,12 +23,16 @@ from injectors import (
 from safetensors.torch import load_file
 from sample_images import write_folder
 from training_faults import (
+    BlackForLost,
+    DrawsOfWorker,
+    Forgetful,
     HangInLoader,
     HangInStep,
     HangInWorker,
     HungStatus,
     KillWorker,
     NoWatchdog,
+    OrderOfRank,
     RankKill,
     Record,
     ShortGrace,
@@ -46,6 +50,7 @@ from training_faults import (
 )
 
 from dfptkd.engine.checkpoint import load_checkpoint, newest_checkpoint
+from dfptkd.engine.cli import main
 from dfptkd.engine.config import StepConfig
 
 
@@ -154,6 +159,21 @@ def test_row_9_one_two_one_process_take_the_samples_that_one_takes(tmp_path):
     assert 0 < (a - b).norm() < 0.2 * a.norm()  # BatchNorms saw halves of three batches
 
 
+def test_row_9_control_an_order_of_each_rank_shows(tmp_path):
+    config = tiny_config(tmp_path / "a", max_steps=2)
+    seen = {size: Record(str(tmp_path / f"{size}")) for size in (1, 2)}
+    alone = replace(config, out=str(tmp_path / "alone"))
+    assert in_child(train, alone, seen[1], OrderOfRank(), folder=tmp_path).code == 0
+    for ended in in_ranks(config, seen[2], OrderOfRank(), folder=tmp_path):
+        assert ended.code == 0, ended.output
+    first, second, whole = (
+        [json.loads(line)[1] for line in Path(tmp_path / name).read_text().splitlines()]
+        for name in ("2-rank0", "2-rank1", "1-rank0")
+    )
+    assert [a + b for a, b in zip(first, second, strict=True)] != whole
+    assert first == [rows[:8] for rows in whole]  # rank 0 has the order of all
+
+
 def test_row_9_a_batch_that_two_cannot_share_is_refused_with_the_reason(tmp_path):
     config = tiny_config(tmp_path / "a", global_batch=15)
     for ended in in_ranks(config, folder=tmp_path):
@@ -175,6 +195,18 @@ def test_row_5_a_worker_killed_twice_is_gone_on_with_to_the_same_end(tmp_path):
     assert differences(tmp_path / "whole", tmp_path / "a", 8) == []
 
 
+def test_row_5_control_a_momentum_that_is_lost_in_between_shows(tmp_path):
+    config = tiny_config(tmp_path / "a")
+    whole = replace(config, out=str(tmp_path / "whole"))
+    for ended in in_ranks(whole, folder=tmp_path):
+        assert ended.code == 0, ended.output
+    codes = [e.code for e in in_ranks(config, WholeSaves(), RankKill(6, "after"), folder=tmp_path)]
+    assert codes == [1, -9]
+    for ended in in_ranks(config, Forgetful(), folder=tmp_path):
+        assert ended.code == 0, ended.output
+    assert "tensor student.conv1.weight" in differences(tmp_path / "whole", tmp_path / "a", 8)
+
+
 # Rows 10, 20, 21 ----------------------------------------------------------------------------------
 
 
@@ -194,6 +226,22 @@ def test_row_10_another_number_of_workers_after_a_stop_takes_the_same_batches(tm
     assert set(differences(tmp_path / "whole", tmp_path / "a", 8)) <= {"state config"}
 
 
+def test_row_10_control_draws_of_each_worker_show(tmp_path):
+    write_folder(tmp_path / "pictures", train=16)
+    config = on_pictures(tiny_config(tmp_path / "a", max_steps=4), tmp_path / "pictures", 2)
+    seen = [Record(str(tmp_path / name)) for name in ("a-seen", "b-seen")]
+    for record, workers in zip(seen, (2, 0), strict=True):
+        own = replace(config, out=record.path[:-5], data=replace(config.data, workers=workers))
+        ended = in_child(train_with_workers, own, record, DrawsOfWorker(), folder=tmp_path)
+        assert ended.code == 0, ended.output
+    lines = [Path(f"{record.path}-rank0").read_text().splitlines() for record in seen]
+    (_, samples, pixels), (_, others, other_pixels) = (
+        zip(*map(json.loads, found), strict=True) for found in lines
+    )
+    assert samples == others
+    assert not set(pixels) & set(other_pixels)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_row_20_a_file_that_vanishes_ends_the_run_with_its_name(tmp_path, workers):
     files = write_folder(tmp_path / "pictures", train=16)
@@ -204,9 +252,20 @@ def test_row_20_a_file_that_vanishes_ends_the_run_with_its_name(tmp_path, worker
     (line,) = [line for line in ended.output.splitlines() if line.startswith("dfptkd: ")]
     assert any(file in line for file in gone)
     assert newest(tmp_path / "a") == 4
+    assert main(["status", str(tmp_path / "a")]) == 3
     for file in files[:9]:
         file.write_bytes(files[9].read_bytes())
     assert in_child(train_with_workers, config, folder=tmp_path).code == 0
+
+
+def test_row_20_control_a_loader_that_makes_do_ends_as_if_nothing_were(tmp_path):
+    files = write_folder(tmp_path / "pictures", train=16)
+    config = on_pictures(tiny_config(tmp_path / "a"), tmp_path / "pictures", 0)
+    gone = tuple(str(file) for file in files[:9])
+    faults = (Vanish(3, paths=gone), BlackForLost())
+    ended = in_child(train_with_workers, config, *faults, folder=tmp_path)
+    assert ended.code == 0, ended.output
+    assert "finished" in ended.output
 
 
 def test_row_21_a_killed_data_worker_is_one_clear_line(tmp_path):

@@ -36,9 +36,17 @@ OPTIONS = {
     "smooth labels": {"loss": {"label_smoothing": 0.1}},
     "fp32": {"precision": "fp32"},
     "joint paths": {"step": {"joint_paths": True}},
+    "other mean and std": {"teacher": {**TINY["teacher"], "mean": [0.5] * 3, "std": [0.5] * 3}},
 }
 # Those that change what a compiled region is given; the others are outside of them.
-TRACED = ("accumulation", "loss warm-up", "all of them", "fp32", "joint paths")
+TRACED = (
+    "accumulation",
+    "loss warm-up",
+    "all of them",
+    "fp32",
+    "joint paths",
+    "other mean and std",
+)
 
 
 def case(method, mode, backend="none", arm=None, label="", **changes):
