@@ -9,11 +9,12 @@ from .loader import (
     test_batches,
     train_batches,
 )
-from .source import Batch, ImageData, Split
+from .source import Batch, DataIdentity, ImageData, Split
 
 __all__ = [
     "SOURCES",
     "Batch",
+    "DataIdentity",
     "ImageData",
     "Split",
     "epoch_rows",

@@ -20,13 +20,16 @@ from .cub200 import find_cub200
 from .folder import find_folder
 from .image_files import FileSet, ImageFiles
 from .imagenet import find_imagenet
+from .look import look_into
 from .quarantine import Quarantine, check_share, find_quarantine
 from .source import (
     Augmentation,
     Batch,
+    DataIdentity,
     ImageData,
     ResidentSplit,
     Split,
+    digest_of_names,
     split_limits,
     spread_over_classes,
 )
@@ -87,6 +90,10 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
     splits["train"].listed = listed if listed.any() else None
     if loader not in ("device", "synthetic") and config.keep_test:
         splits["test"] = KeptSplit(splits["test"], device, config.image_size)
+    contents = [look_into(files).content for files in (found.train, found.test)]
+    if loader == "synthetic":  # the labels are real, the images are made up
+        side = config.image_size
+        contents = [digest_of_names([c, f"synthetic images of {side} pixels"]) for c in contents]
     return ImageData(
         name=config.name,
         train=splits["train"],
@@ -103,6 +110,7 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
         },
         notes=notes,
         skipped_test=skipped,
+        identity=DataIdentity(digest_of_names(found.class_names), *contents),
     )
 
 

@@ -26,6 +26,8 @@ class ImageFiles:
 
     labels: Tensor
     """int64 [N], on the CPU."""
+    names: np.ndarray
+    """bytes [N]: paths of the files below what holds them."""
 
     def __len__(self) -> int:
         return len(self.labels)

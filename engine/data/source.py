@@ -234,6 +234,40 @@ class ResidentSplit(Split):
 
 
 @dataclass(frozen=True)
+class DataIdentity:
+    """Who a data set is, by what its classes and images are, before any limit.
+
+    Equal wherever it lies, under whatever name, in whatever order, by whatever loader. Each part is
+    a SHA-256: two data sets may have the classes or a split in common.
+    """
+
+    classes: str
+    """Of the class names in the order of their numbers."""
+    train: str
+    """Of the labels and images of the training split."""
+    test: str
+    """Of the labels and images of the test split."""
+
+
+def digest_of_names(names: Iterable[str]) -> str:
+    """SHA-256 of names in their order."""
+    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def digest_of_arrays(images: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of the images of a split with their labels, in whatever order they come.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        labels: int64 [N].
+    """
+    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    pairs = zip(labels.tolist(), rows, strict=True)
+    found = sorted(b"%08d%b" % (label, hashlib.sha256(row).digest()) for label, row in pairs)
+    return hashlib.sha256(repr(images.shape[1:]).encode() + b"".join(found)).hexdigest()
+
+
+@dataclass(frozen=True)
 class ImageData:
     """A data set: both splits and what a model must know about them."""
 
@@ -254,6 +288,8 @@ class ImageData:
     """What a user must be told of the data, one line each."""
     skipped_test: int = 0
     """Test images that are left out, as they are in quarantine."""
+    identity: DataIdentity | None = None
+    """Who the data set is; None: images that were made up for a measurement."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +335,11 @@ def resident_data(
         mean=mean,
         std=std,
         pipeline={"loader": "device"},
+        identity=DataIdentity(
+            digest_of_names(class_names),
+            digest_of_arrays(train.images, train.labels),
+            digest_of_arrays(test.images, test.labels),
+        ),
     )
 
 

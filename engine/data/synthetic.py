@@ -14,7 +14,16 @@ from torch import Tensor
 
 from ..config import DataConfig
 from .order import Stream, hash_bits, integers
-from .source import Augmentation, Batch, ImageData, Split, split_limits, spread_over_classes
+from .source import (
+    Augmentation,
+    Batch,
+    DataIdentity,
+    ImageData,
+    Split,
+    digest_of_names,
+    split_limits,
+    spread_over_classes,
+)
 
 _NUM_TRAIN, _NUM_TEST = 50_000, 10_000
 # The data set is the same for every seed of a run; its splits hash like two epochs of seed 0.
@@ -24,16 +33,23 @@ _DATA_SEED, _TRAIN, _TEST = 0, 0, 1
 def load_synthetic(config: DataConfig, device: torch.device) -> ImageData:
     """50,000 training and 10,000 test images, cut to the configured limits, made on `device`."""
     train_limit, test_limit = split_limits(config)
+    class_names = [str(i) for i in range(config.num_classes)]
+    made_from = f"synthetic images of {config.image_size} pixels, {config.num_classes} classes"
     return ImageData(
         name=config.name,
         train=SyntheticSplit(config, device, _TRAIN, _NUM_TRAIN, train_limit),
         test=SyntheticSplit(config, device, _TEST, _NUM_TEST, test_limit),
         num_classes=config.num_classes,
-        class_names=[str(i) for i in range(config.num_classes)],
+        class_names=class_names,
         image_size=(config.image_size, config.image_size),
         mean=(0.498, 0.498, 0.498),  # half of (noise + colour), both uniform in 0..255
         std=(0.2, 0.2, 0.2),
         pipeline={"loader": "synthetic"},
+        identity=DataIdentity(
+            digest_of_names(class_names),
+            digest_of_names([made_from, "train"]),
+            digest_of_names([made_from, "test"]),
+        ),
     )
 
 
