@@ -7,6 +7,7 @@ std and size of the images, class names) and where it comes from.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .checkpoint import load_checkpoint
 from .errors import DataError, NumericError, UsageError
 from .files import read_tensors, write_atomically
+from .identity import STUDENT_FILE, WEIGHTS_FILE, network_of_record
 from .models import create_model
 from .records import RunRecord, read_run
 
@@ -39,6 +41,8 @@ class Source:
     top1: float | None
     """Test accuracy in percent at this point of the run."""
     default_out: Path
+    epochs: float | None = None
+    """Passes over the training images that it has had."""
 
     @property
     def data(self) -> dict[str, Any]:
@@ -63,7 +67,9 @@ class Source:
         text = {
             k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items() if v is not None
         }
-        return {"format": "pt", **text}
+        known = network_of_record(self.record.run, self.record.status)
+        known = dataclasses.replace(known, epochs=self.epochs, state=None, top1=self.top1)
+        return {"format": "pt", **known.metadata(), **text}
 
     def model(self) -> nn.Module:
         """The plain architecture with the trained weights, in eval mode."""
@@ -137,12 +143,13 @@ def read_source(folder: Path) -> Source:
         state = load_checkpoint(folder).tensors  # verified: a flipped bit would not show
         prefix = "student."
         tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        top1 = _top1_at_step(record, folder.resolve().name)
+        row = _row_of_step(record, folder.resolve().name)
+        top1, epochs = row.get("test/student_top1"), row.get("epoch")
         default_out = record.folder / "export" / folder.resolve().name
     elif finished := _finished_network(folder):
         record = read_run(folder)
         tensors = read_tensors(finished)
-        top1 = record.last("student_top1")
+        top1, epochs = record.last("student_top1"), record.status.get("epoch")
         default_out = folder / "export"
     else:
         raise DataError(
@@ -159,7 +166,7 @@ def read_source(folder: Path) -> Source:
         raise DataError(
             f"{record.folder / 'run.json'}: lacks {what}: expected a run of this version"
         )
-    return Source(record, tensors, top1, default_out)
+    return Source(record, tensors, top1, default_out, epochs)
 
 
 def write_safetensors(source: Source, model: nn.Module, target: Path) -> str:
@@ -236,12 +243,12 @@ def _difference_from_torch(
 
 def _finished_network(folder: Path) -> Path | None:
     """What a finished run has left: a student, or the teacher of train-teacher."""
-    files = (folder / "student.safetensors", folder / "teacher.safetensors")
+    files = (folder / STUDENT_FILE, folder / WEIGHTS_FILE)
     return next((file for file in files if file.is_file()), None)
 
 
-def _top1_at_step(record: RunRecord, step_folder: str) -> float | None:
-    """The accuracy measured at the step of a checkpoint named `step-N`, if one was."""
+def _row_of_step(record: RunRecord, step_folder: str) -> dict[str, float]:
+    """What was measured at the step of a checkpoint named `step-N`; empty: nothing was."""
     step = step_folder.rpartition("-")[2]
     rows = (row for row in record.metrics if step.isdigit() and row.get("step") == int(step))
-    return next((row["test/student_top1"] for row in rows if "test/student_top1" in row), None)
+    return next((row for row in rows if "test/student_top1" in row), {})

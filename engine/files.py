@@ -115,6 +115,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: damaged safetensors file ({first_line(error)})") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; none of its tensors is read.
+
+    Raises:
+        DataError: it cannot be read, or is damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception as error:  # a header that lies can raise anything
+        raise DataError(f"{path}: damaged safetensors file ({first_line(error)})") from error
+
+
 def first_line(error: BaseException) -> str:
     """An exception in one line."""
     text = getattr(error, "strerror", None) or str(error)

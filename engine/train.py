@@ -20,6 +20,7 @@ import torch
 
 from ..kernels.backend import Site, fast_backend, unavailable
 from .alarms import (
+    chance_warning,
     fusion_warning,
     loss_spike,
     overhead_warning,
@@ -31,10 +32,20 @@ from .checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint
 from .config import RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
 from .data.crops import side_of_epoch
+from .data.facts import published_classes
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .explain import EVALUATION, explained
 from .files import save_file, write_atomically
+from .identity import (
+    STUDENT_FILE,
+    WEIGHTS_FILE,
+    DataRecord,
+    NetworkRecord,
+    extension_text,
+    extensions_of,
+    fingerprint,
+)
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
 from .machine import check_machine, check_sizes, prepare_torch
@@ -45,11 +56,18 @@ from .models import create_model
 from .models.cost import teacher_cost
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
-from .resume import check_same_state, start_of_main
+from .resume import (
+    check_finished,
+    check_same_data,
+    check_same_teacher,
+    extensions,
+    recorded_teacher,
+    start_of_main,
+)
 from .run_record import run_record
 from .run_state import RunState
 from .step import SkipCounts, TrainStep, choose_mode
-from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
+from .teacher import TeacherChoice, choose_teacher, run_folder
 from .teacher_logits import TeacherLogits, outlook
 from .together import RandomState, SharedBatches, take_turns
 from .watchdog import Watchdog
@@ -199,7 +217,8 @@ def prepare(
     end = end_step(config, total_steps)
     checkpoint, finished = start_of_main(config, out, end, world, locks, warn)
     if checkpoint is not None and finished:
-        return already_done(out, checkpoint, world)
+        said_of_teacher = world.of_main(lambda: check_finished(config, checkpoint, data))
+        return already_done(out, checkpoint, said_of_teacher, world)
 
     torch.manual_seed(config.seed)  # the student first: equal under every method (T2)
     student = world.everywhere(
@@ -208,30 +227,33 @@ def prepare(
         )
     )
     cost = None
-    teacher, teacher_record = None, None
+    teacher, teacher_record, choice = None, None, None
     if config.method != "ce":
-        weights = world.of_main(lambda: resolve_weights(config))
+        choice = choice_of_main(config, data, checkpoint, world)
         with torch.random.fork_rng(devices=[]):
             teacher = world.everywhere(
                 lambda: create_model(
-                    config.teacher.name, num_classes=data.num_classes, weights=weights
+                    config.teacher.name, num_classes=data.num_classes, weights=choice.weights
                 )
             )
         cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
         teacher_record = {
             "name": config.teacher.name,
-            "weights": weights,
+            "weights": choice.weights,
             "sha256": fingerprint(teacher),
-            "expected_top1": config.teacher.expected_top1,
+            "expected_top1": expected_top1(config, data),
+            "trained": choice.trained,
         }
-        check_same_teacher(teacher_record, world)
+        check_equal_teachers(teacher_record, world)
     method = build_method(config, student, teacher, data.train.labels)
     record = run_record(config, data, student, cost, teacher_record, device, world)
     record["warnings"] += said
+    record["extended"] = extensions(checkpoint, config)
     if config.step.sync_bn and world.size > 1:
         synchronise_batch_norms(method.trained_networks())
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world)
+    trainer.choice = choice
     if teacher_record is not None:
         trainer.remember_logits(teacher_record["sha256"], seeds)
     if not world.is_main:  # from here on dropout and the like draw differently in every process
@@ -239,7 +261,29 @@ def prepare(
     return Pending(trainer, checkpoint, record, RandomState(device))
 
 
-def check_same_teacher(record: dict[str, Any], world: World) -> None:
+def choice_of_main(
+    config: RunConfig, data: ImageData, checkpoint: Checkpoint | None, world: World
+) -> TeacherChoice:
+    """The weights of the teacher, which rank 0 chooses; of a run that goes on its own ones."""
+
+    def choose() -> dict[str, Any]:
+        own = None if checkpoint is None else recorded_teacher(checkpoint)
+        return dataclasses.asdict(choose_teacher(config, DataRecord.of(data), own))
+
+    return TeacherChoice(**world.of_main(choose))
+
+
+def expected_top1(config: RunConfig, data: ImageData) -> float | None:
+    """What the recipe counts on from its teacher; None: this is another one, or on other data."""
+    of = config.teacher.expected_of
+    if of is not None and of != (config.teacher.name, data.name):
+        return None
+    if published_classes(data.name) not in (None, data.num_classes):
+        return None  # a part of the set
+    return config.teacher.expected_top1
+
+
+def check_equal_teachers(record: dict[str, Any], world: World) -> None:
     """Refuse to train with teachers that differ between the processes."""
     ours = record["sha256"]
     theirs = world.exchange(ours)[0]
@@ -328,6 +372,7 @@ class Trainer:
         self.stretch: Stretch | None = None
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
+        self.choice: TeacherChoice | None = None
         self.alarmed = False
         self.logits: TeacherLogits | None = None
         self.kernel_note: str | None = None
@@ -449,6 +494,8 @@ class Trainer:
         if self.progress.step:
             log.say(f"resumed from step {self.progress.step} of {self.end_step}")
             log.event("resumed", f"from step {self.progress.step}", self.progress.step)
+        self.tell_extensions(record)
+        self.tell_choice(record)
         self.choose_kernels(record)
         with self.step.autocast(), self.step.plainly(), self.step.kernels.in_force():
             teacher = self.evaluator.teacher()
@@ -471,6 +518,25 @@ class Trainer:
             record["warnings"].append(warning)
             log.warn(kind, warning, self.progress.step)
 
+    def tell_extensions(self, record: dict[str, Any]) -> None:
+        """Say of a run that it is longer than it was planned; that stays on its record."""
+        for entry in record["extended"]:
+            text = extension_text(**entry)
+            record["warnings"].append(text)
+            if entry["step"] == self.progress.step:
+                self.log.warn("extended", text, self.progress.step)
+
+    def tell_choice(self, record: dict[str, Any]) -> None:
+        """Say which teachers were passed over, and what is known against the one that was taken."""
+        if self.choice is None:
+            return
+        for line in self.choice.said:
+            self.log.say(line)
+            self.log.event("teacher_choice", line, self.progress.step)
+        for warning in self.choice.warnings:
+            record["warnings"].append(warning)
+            self.log.warn("teacher", warning, self.progress.step)
+
     def processes(self) -> str:
         """What the first line says of them."""
         return f"{self.world.size} processes, " if self.world.size > 1 else ""
@@ -478,8 +544,11 @@ class Trainer:
     def early_warnings(self, cost: dict[str, Any]) -> list[tuple[str, str]]:
         """Failure signatures that are visible before the first step (M45, M46)."""
         config = self.config
-        expected = config.teacher.expected_top1
-        found = [("teacher_below_expectation", teacher_warning(self.teacher_top1, expected))]
+        top1, expected = self.teacher_top1, self.record["teacher"]["expected_top1"]
+        found = [
+            ("teacher_at_chance", chance_warning(top1, self.data.test.labels.bincount().tolist())),
+            ("teacher_below_expectation", teacher_warning(top1, expected)),
+        ]
         if config.has_prompt_path:
             params = overhead_warning(cost["added_params"], cost["teacher_params"], "parameters")
             macs = overhead_warning(cost["added_macs"], cost["teacher_macs"], "MACs")
@@ -984,7 +1053,8 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,
-            "data": self.data_identity(),
+            "data": DataRecord.of(self.data).record() | self.data.pipeline,
+            "extended": self.record.get("extended", []),
             "kernels": self.step.kernels.record(),
             "config": to_dict(self.config),
             "versions": versions(),
@@ -1023,23 +1093,15 @@ class Trainer:
         """What went wrong on the disk without harm."""
         self.log.warn("storage", message, self.progress.step)
 
-    def data_identity(self) -> dict[str, Any]:
-        """What must be the same in a run that goes on."""
-        return {
-            "name": self.data.name,
-            "num_classes": self.data.num_classes,
-            "train_images": len(self.data.train),
-            **self.data.pipeline,
-        }
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Inverse of `save`.
 
         Raises:
             DataError: The checkpoint is another model's, another teacher's or another data set's.
         """
-        ours = {"data": self.data_identity(), "teacher_sha256": self.teacher_sha256}
-        check_same_state(checkpoint, ours)
+        check_same_data(checkpoint, self.data)
+        weights = None if self.choice is None else self.choice.weights
+        check_same_teacher(checkpoint, self.teacher_sha256, weights)
         self.world.everywhere(lambda: self.bind_kernels(checkpoint))
         self.state.restore(checkpoint)
         self.progress = checkpoint.part("progress", Progress)
@@ -1052,17 +1114,24 @@ class Trainer:
         """The finished network: plain architecture, plain names."""
         if not self.world.is_main:
             return
-        name = WEIGHTS_FILE if self.config.role == "teacher" else "student.safetensors"
+        name = WEIGHTS_FILE if self.config.role == "teacher" else STUDENT_FILE
         tensors = {
             k: v.detach().cpu().contiguous().clone()
             for k, v in self.method.student.state_dict().items()
         }
-        metadata = {
-            "model": self.config.student,
-            "num_classes": str(self.data.num_classes),
-            "top1": f"{self.progress.last['student_top1']:.4f}",
-        }
+        metadata = self.identity().metadata()
         write_atomically(self.out / name, lambda path: save_file(tensors, path, metadata))
+
+    def identity(self) -> NetworkRecord:
+        """Who the trained network is by now."""
+        return NetworkRecord(
+            model=self.config.student,
+            data=DataRecord.of(self.data),
+            epochs=self.progress.step / self.per_epoch,
+            planned_epochs=self.config.epochs,
+            top1=self.progress.last["student_top1"],
+            extended=extensions_of(self.record),
+        )
 
 
 def end_step(config: RunConfig, total_steps: int) -> int:
@@ -1070,10 +1139,12 @@ def end_step(config: RunConfig, total_steps: int) -> int:
     return total_steps if config.max_steps is None else min(config.max_steps, total_steps)
 
 
-def already_done(out: Path, checkpoint: Checkpoint, world: World = SINGLE) -> RunResult:
-    """Report a finished run; nothing is written."""
+def already_done(
+    out: Path, checkpoint: Checkpoint, teacher: str = "", world: World = SINGLE
+) -> RunResult:
+    """Report a finished run, and what there is to say of its teacher; nothing is written."""
     progress = checkpoint.part("progress", Progress)
     top1 = progress.last.get("student_top1", math.nan)
     if world.is_main:
-        print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %")
+        print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %{teacher}")
     return RunResult(out, progress.step, progress.last, progress.best)
