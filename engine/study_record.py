@@ -178,13 +178,15 @@ class ArchivedRun:
 
 
 @functools.cache
-def _opened(config: DataConfig, variable: str | None) -> DataRecord | None:
-    return data_identity(config)
+def _opened(config: DataConfig, folder: str) -> DataRecord | None:
+    return data_identity(dataclasses.replace(config, root=folder))
 
 
 def opened(config: DataConfig) -> DataRecord | None:
-    """`data_identity`, of many runs asked once."""
-    return _opened(config, os.environ.get("DFPTKD_DATA"))
+    """`data_identity` of data in a folder, opened once for many runs; None: no folder is named, so
+    that opening them might fetch them."""
+    folder = config.root or os.environ.get("DFPTKD_DATA")
+    return _opened(config, folder) if folder else None
 
 
 def put_on_record(study: Study, configure: Configure, results: Path) -> int:

@@ -25,6 +25,7 @@ from dfptkd.engine.identity import data_identity, network_of
 from dfptkd.engine.models import create_model
 from dfptkd.engine.records import find_runs, read_run
 from dfptkd.engine.report import report
+from dfptkd.engine.study_record import archived_run
 from dfptkd.engine.teacher import choose_teacher, find_teacher, teacher_run
 from dfptkd.engine.train import run
 
@@ -433,6 +434,18 @@ def test_runs_on_different_data_are_never_one_group(data, tmp_path, capsys):
         for key in ("train_sha256", "test_sha256"):
             del record.run["data"][key]
     assert [group.n for group in summarise(runs)] == [4]
+
+
+def test_a_study_counts_no_run_of_other_data_or_of_changed_epochs(data, tmp_path):
+    config = make_config(tmp_path, data / "own", "ce")
+    run(config)
+    assert archived_run(config) is not None
+    with pytest.raises(DataError, match=r"holds another run \(SHA-256 of the training images"):
+        archived_run(on(config, data / "images"))
+    longer = replace(config, epochs=3)
+    run(replace(longer, resume="extend"))
+    with pytest.raises(DataError, match=r"holds another run \(extended from 2 to 3 epochs at step 6"):
+        archived_run(longer)
 
 
 # Run folders of versions that did not know of all this -------------------------------------------
