@@ -444,7 +444,7 @@ def test_a_study_counts_no_run_of_other_data_or_of_changed_epochs(data, tmp_path
         archived_run(on(config, data / "images"))
     longer = replace(config, epochs=3)
     run(replace(longer, resume="extend"))
-    with pytest.raises(DataError, match=r"holds another run \(extended from 2 to 3 epochs at step 6"):
+    with pytest.raises(DataError, match=r"\(extended from 2 to 3 epochs at step 6"):
         archived_run(longer)
 
 
