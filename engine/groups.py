@@ -211,9 +211,7 @@ def options_read(run: RunRecord) -> dict[str, Any]:
         options["teacher.sha256"] = sha256[:SHORT]
     data = DataRecord.from_record(run.run.get("data"))
     options |= {f"data.{name}": value for name, value in data.facts().items()}
-    extended = extensions_of(run.run)
-    if extended is not None:
-        options["extended"] = extended
+    options["extended"] = extensions_of(run.run) or "no"
     return options
 
 

@@ -340,7 +340,7 @@ def test_other_epochs_are_refused_unless_asked_for_and_then_said_everywhere(data
     labels = {group.label: group.n for group in summarise(map(read_run, find_runs(tmp_path)))}
     assert labels == {
         "labels only, extended=extendedfrom2to4epochsatstep6": 1,
-        "labels only, extended=None": 1,
+        "labels only, extended=no": 1,
     }
 
 
