@@ -6,6 +6,7 @@ Thresholds are *our reading*.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -86,6 +87,25 @@ def fusion_warning() -> str:
     """The line of a run whose prompt blocks have no fusion block behind them."""
     return (
         "prompt blocks without fusion (prompt.fusion=False): the next stage reads x + P(x) itself"
+    )
+
+
+def chance_warning(top1: float, counts: Sequence[int], *, deviations: float = 3.0) -> str | None:
+    """One line if a teacher is no better than one that always names the most frequent class.
+
+    Args:
+        top1: its accuracy in percent.
+        counts: test images of each class.
+        deviations: above chance that count as better, in standard deviations of so many images.
+    """
+    images = sum(counts)
+    chance = max(counts) / images
+    noise = math.sqrt(chance * (1 - chance) / images)
+    if top1 / 100 > chance + deviations * noise:
+        return None
+    return (
+        f"the teacher reaches {top1:.2f} % on {images:,} test images, which chance explains "
+        f"({100 * chance:.2f} % ± {100 * noise:.2f}): it has nothing to teach"
     )
 
 

@@ -29,8 +29,8 @@ from .log import complain
 VERBS = {
     "train": "train a student: dfptkd train RECIPE [--method M] [--data.root DIR] [options]",
     "train-teacher": "train a recipe's teacher: dfptkd train-teacher RECIPE [options]",
-    "eval": "accuracy of a trained network: dfptkd eval CHECKPOINT --data.root DIR",
     "status": "how a run has ended, as its exit code: dfptkd status RUN... [--since SECONDS]",
+    "eval": "accuracy of a run or a file of weights: dfptkd eval PATH [--model M] --data.root DIR",
     "report": "what runs or studies show: dfptkd report RUN...|STUDY.csv... [--out PATH]",
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
@@ -110,6 +110,7 @@ def _overview() -> str:
 
 def _train(args: list[str]) -> int:
     from .distributed import World
+    from .identity import data_identity
     from .machine import check_machine
     from .teacher import find_teacher, teacher_run
     from .train import run, run_seeds
@@ -123,8 +124,12 @@ def _train(args: list[str]) -> int:
     )
     for planned in [config, *([teacher_run(config)] if makes_teacher else [])]:
         device = check_machine(planned, world)
+
+    def lacks_teacher() -> bool:
+        return find_teacher(config, data_identity(config.data)) is None
+
     with world.connected(device, config.step.timeout):
-        if makes_teacher and world.of_main(lambda: find_teacher(config) is None):
+        if makes_teacher and world.of_main(lacks_teacher):
             run(teacher_run(config), world)
         run_seeds(config, world)
     return 0
@@ -194,9 +199,14 @@ def parse_run(verb: str, args: list[str], own: Sequence[str] = ()) -> RunConfig 
         config = teacher_run(config)
     try:
         prog = f"dfptkd {verb} {recipe or '--config ' + file}"  # type: ignore[operator]
-        return parse_options(config, args, prog, own)
+        parsed = parse_options(config, args, prog, own)
     except SystemExit:  # help was printed
         return None
+    before, now = config.teacher, parsed.teacher
+    if now.expected_top1 != before.expected_top1 and now.expected_of == before.expected_of:
+        # A figure of the user's own is of whatever the run has.
+        parsed = dataclasses.replace(parsed, teacher=dataclasses.replace(now, expected_of=None))
+    return parsed
 
 
 def parse_options(
@@ -415,9 +425,22 @@ def _status(args: list[str]) -> int:
 def _eval(args: list[str]) -> int:
     parser = _parser("eval")
     parser.add_argument(
-        "checkpoint", type=Path, help="run folder, or one of its checkpoints/step-N"
+        "checkpoint",
+        type=Path,
+        help="run folder, one of its checkpoints/step-N, or any file of weights",
     )
+    parser.add_argument(
+        "--model", help="the network that a file holds (cifar:resnet20, ...); absent: as it says"
+    )
+    parser.add_argument("--data.name", dest="name", help="data set; absent: that of the training")
     parser.add_argument("--data.root", dest="root", help="folder of the data; absent: DFPTKD_DATA")
+    parser.add_argument(
+        "--data.image-size", dest="image_size", type=int, help="side in pixels (image files)"
+    )
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--data.{name}", dest=name, type=_three, help="three numbers with commas (image files)"
+        )
     parser.add_argument("--data.limit", dest="limit", type=int, help="images, even over classes")
     parser.add_argument("--data.loader", dest="loader", help="auto, dali, torchvision or device")
     parser.add_argument("--data.quarantine", dest="quarantine", help="list by verify-data")
@@ -436,6 +459,7 @@ def _eval(args: list[str]) -> int:
 
     result = evaluate_checkpoint(
         options.checkpoint,
+        model=options.model,
         root=options.root,
         limit=options.limit,
         loader=options.loader,
@@ -444,6 +468,7 @@ def _eval(args: list[str]) -> int:
         batch_size=options.batch,
         device=options.device,
         ema=options.ema,
+        **{key: getattr(options, key) for key in ("name", "image_size", "mean", "std")},
     )
     which = f" ({result.weights} weights)" if result.weights else ""
     print(
@@ -453,7 +478,17 @@ def _eval(args: list[str]) -> int:
     )
     if result.logged is not None:
         print(f"logged by the run at this step: {result.logged:.2f} %")
+    for note in result.notes:
+        print(f"note: {note}")
     return 0
+
+
+def _three(text: str) -> tuple[float, ...]:
+    """Numbers with commas between; how many, the configuration checks."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected three numbers with commas") from None
 
 
 def _report(args: list[str]) -> int:

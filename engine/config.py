@@ -189,7 +189,8 @@ class TeacherConfig:
     """Model name: cifar:..., torchvision:..., timm:..., imagenet:..."""
     weights: str | None = None
     """File, `package:NAME` for the file in an installed package, torchvision weights enum or
-    `pretrained` for timm; absent: newest train-teacher run."""
+    `pretrained` for timm; absent: the train-teacher run under `out_root` that was trained to its
+    end on these data, of several that of the most epochs, then the newest."""
     ema: EmaChoice = "auto"
     """Of a file that holds an exponential moving average beside the raw weights, or has one beside
     it: yes takes it; no takes the raw ones; auto the raw ones too, or an average that is alone."""
@@ -204,6 +205,9 @@ class TeacherConfig:
     """Run the frozen network with its BatchNorms multiplied into the convolutions."""
     expected_top1: float | None = None
     """Top-1 accuracy in percent that the recipe counts on; 2 points less gives a warning."""
+    expected_of: tuple[str, ...] | None = None
+    """Teacher and data set that `expected_top1` is of, which says nothing of others; absent: those
+    of the run."""
     epochs: int = 240
     """train-teacher: passes over the training set."""
     lr: float = 0.05
@@ -229,6 +233,10 @@ class TeacherConfig:
         _require(
             self.expected_top1 is None or 0 <= self.expected_top1 <= 100,
             "teacher.expected_top1", self.expected_top1, "percent",
+        )  # fmt: skip
+        _require(
+            self.expected_of is None or len(self.expected_of) == 2,
+            "teacher.expected_of", self.expected_of, "the names of a teacher and of a data set",
         )  # fmt: skip
 
 
@@ -486,8 +494,9 @@ class RunConfig:
     out_root: str = "runs"
     """Output root."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint in the output folder; never: refuse a folder that
-    holds one; a path: go on from that checkpoint."""
+    """auto: go on from the newest checkpoint in the output folder; extend: the same, for more
+    `epochs` than the run was planned for, whose schedule then holds, as its record says; never:
+    refuse a folder that holds one; a path: go on from that checkpoint."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     checkpoint_steps: int | None = None

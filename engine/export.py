@@ -7,6 +7,7 @@ std and size of the images, class names) and where it comes from.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .checkpoint import load_checkpoint, read_index
 from .errors import DataError, NumericError, UsageError
 from .files import read_tensors, save_file, write_atomically
+from .identity import STUDENT_FILE, WEIGHTS_FILE, network_of_record
 from .models import create_model
 from .models.input_norm import InputNorm, trained_norm
 from .models.weights import EMA_METADATA, ema_beside, load_strict
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "onnx")
 ONNX_TOLERANCE = 1e-4  # of the largest logit; convolutions sum in another order there
-FINISHED = ("student.safetensors", "teacher.safetensors")
+FINISHED = (STUDENT_FILE, WEIGHTS_FILE)
 """What a finished run has left: a student, or the teacher of train-teacher."""
+AVERAGES = tuple(ema_beside(Path(name)).name for name in FINISHED)
 STATE = "state.safetensors"
 
 
@@ -47,6 +50,8 @@ class Source:
     """Test accuracy in percent at this point of the run."""
     default_out: Path
     is_ema: bool
+    epochs: float | None = None
+    """Passes over the training images that it has had."""
 
     @property
     def has_ema(self) -> bool:
@@ -88,7 +93,10 @@ class Source:
         text = {
             k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items() if v is not None
         }
-        return {"format": "pt", **text, **(EMA_METADATA if self.is_ema else {})}
+        known = network_of_record(self.record.run, self.record.status)
+        known = dataclasses.replace(known, epochs=self.epochs, state=None, top1=self.top1)
+        average = EMA_METADATA if self.is_ema else {}
+        return {"format": "pt", **known.metadata(), **text, **average}
 
     def model(self) -> nn.Module:
         """The plain architecture with the trained weights, in eval mode."""
@@ -168,7 +176,8 @@ def read_source(path: Path, *, ema: bool = False) -> Source:
     if (folder / STATE).is_file():
         record = read_run(folder.resolve().parents[1])
         file, tensors = _network_in_state(folder, ema)
-        top1 = _top1_at_step(record, folder.resolve().name, "ema" if ema else "student")
+        row = _row_of_step(record, folder.resolve().name)
+        top1, epochs = row.get("test/ema_top1" if ema else "test/student_top1"), row.get("epoch")
         default_out = record.folder / "export" / folder.resolve().name
     elif finished is not None:
         record = read_run(folder)
@@ -178,6 +187,7 @@ def read_source(path: Path, *, ema: bool = False) -> Source:
         else:  # a run from before averages had a file; its last checkpoint has the same
             file, tensors = _network_in_state(_last_checkpoint(folder), ema)
         top1 = record.last("ema_top1" if ema else "student_top1")
+        epochs = record.status.get("epoch")
         default_out = folder / "export"
     else:
         raise DataError(
@@ -192,7 +202,14 @@ def read_source(path: Path, *, ema: bool = False) -> Source:
         raise DataError(
             f"{record.folder / 'run.json'}: lacks {what}: expected a run of this version"
         )
-    return Source(record, file, tensors, top1, default_out, ema)
+    return Source(record, file, tensors, top1, default_out, ema, epochs)
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether a file is one that a run leaves, in its folder or in a checkpoint of it."""
+    if path.name == STATE:
+        return True
+    return path.name in (*FINISHED, *AVERAGES) and (path.parent / "run.json").is_file()
 
 
 def _folder_of(path: Path, ema: bool) -> tuple[Path, bool]:
@@ -204,11 +221,8 @@ def _folder_of(path: Path, ema: bool) -> tuple[Path, bool]:
     """
     if not path.is_file():
         return path, ema
-    averages = [ema_beside(Path(name)).name for name in FINISHED]
-    if path.name == STATE or (
-        path.name in (*FINISHED, *averages) and (path.parent / "run.json").is_file()
-    ):
-        return path.parent, ema or path.name in averages
+    if is_of_run(path):
+        return path.parent, ema or path.name in AVERAGES
     raise DataError(
         f"{path}: expected a run's folder, or checkpoints/step-N in one, as run.json says what the "
         "network's images are"
@@ -315,9 +329,8 @@ def _difference_from_torch(
     return worst.item()
 
 
-def _top1_at_step(record: RunRecord, step_folder: str, network: str) -> float | None:
-    """The accuracy of "student" or "ema" measured at the step of a checkpoint named `step-N`, if
-    one was."""
-    step, column = step_folder.rpartition("-")[2], f"test/{network}_top1"
+def _row_of_step(record: RunRecord, step_folder: str) -> dict[str, float]:
+    """What was measured at the step of a checkpoint named `step-N`; empty: nothing was."""
+    step = step_folder.rpartition("-")[2]
     rows = (row for row in record.metrics if step.isdigit() and row.get("step") == int(step))
-    return next((row[column] for row in rows if column in row), None)
+    return next((row for row in rows if "test/student_top1" in row), {})

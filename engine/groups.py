@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .identity import DATA_FACTS, SHORT, DataRecord, extensions_of
 from .records import RunRecord
 
 METHOD_ORDER = ("ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus")
@@ -30,9 +31,15 @@ MIN_RUNS = 3  # fewer independent runs do not carry a mean ± std
 # Where a run lives and how it is kept, not what it computes.
 _HOUSEKEEPING = frozenset(
     ("recipe", "method", "seed", "seeds", "out", "out_root", "resume", "device", "kernels",
-     "eval_batch", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers",
-     "teacher.weights", "teacher.ema", "teacher.remember")
+     "eval_batch", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
+     "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.timeout",
+     "data.keep_test", "data.quarantine", "data.max_quarantined", "step.timeout",
+     "teacher.weights", "teacher.ema", "teacher.remember", "teacher.expected_top1",
+     "teacher.expected_of", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
+     "teacher.global_batch")
 )  # fmt: skip
+# What a run's data are, as it found them: they stand in the place of what was asked for.
+_FACTS = frozenset(f"data.{name}" for name in DATA_FACTS)
 # Options that some methods alone read; the first prefix that fits decides.
 _DFPT = ("dfpt", "dfpt_plus")
 _READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -196,27 +203,23 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def options_read(run: RunRecord) -> dict[str, Any]:
-    """The flat options that a run's result depends on, the teacher by its checksum."""
+    """The flat options that a run's result depends on; the teacher by its checksum, the data by
+    what they are, and how the run was made longer than planned."""
     options = {k: v for k, v in flatten(run.run["config"]).items() if reads(run.method, k)}
     # The file name of the teacher's weights says little, their checksum everything.
     sha256 = (run.run.get("teacher") or {}).get("sha256")
     if sha256 and reads(run.method, "teacher.sha256"):
-        options["teacher.sha256"] = sha256[:8]
+        options["teacher.sha256"] = sha256[:SHORT]
+    data = DataRecord.from_record(run.run.get("data"))
+    options |= {f"data.{name}": value for name, value in data.facts().items()}
+    options["extended"] = extensions_of(run.run) or "no"
     return options
 
 
 def _groups_of(recipe: str, runs: list[RunRecord]) -> list[Group]:
     options = [options_read(run) for run in runs]
     names = {name for o in options for name in o}
-    # A run of an older version may lack an option: that is a difference too.
-    differing = sorted(
-        name
-        for name in names
-        if len(
-            {repr(o.get(name)) for o, r in zip(options, runs, strict=True) if reads(r.method, name)}
-        )
-        > 1
-    )
+    differing = sorted(name for name in names if len(_values(name, options, runs)) > 1)
     grouped: dict[tuple[str, str], Group] = {}
     for run, values in zip(runs, options, strict=True):
         own = {name: values.get(name) for name in differing if reads(run.method, name)}
@@ -225,6 +228,15 @@ def _groups_of(recipe: str, runs: list[RunRecord]) -> list[Group]:
     for group in grouped.values():
         group.runs.sort(key=lambda run: (run.seed, run.folder))
     return sorted(grouped.values(), key=lambda g: (_method_rank(g.method), repr(g.options)))
+
+
+def _values(name: str, options: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> set[str]:
+    """The values of an option in those runs whose method reads it."""
+    pairs = zip(options, runs, strict=True)
+    values = {repr(o.get(name)) for o, run in pairs if reads(run.method, name)}
+    # A run of an older version may lack an option: that is a difference too. What it does not say
+    # of its data is unknown, and tells it apart only where the others differ.
+    return values - {"None"} if name in _FACTS else values
 
 
 def _method_rank(method: str) -> int:

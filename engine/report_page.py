@@ -18,6 +18,7 @@ from .groups import (
     options_read,
     summarise,
 )
+from .identity import DataRecord
 from .records import RunRecord, failure_signatures
 from .report_figures import recipe_figures
 from .report_style import CSS, PAGE
@@ -64,10 +65,12 @@ def _header(runs: Sequence[RunRecord], groups: Sequence[Group], recipes: Sequenc
     methods = [METHOD_NAMES.get(m, m) for m in dict.fromkeys(group.method for group in groups)]
     students = sorted({str(run.run["config"].get("student", "?")) for run in runs})
     teachers = sorted({(run.run.get("teacher") or {}).get("name", "") for run in runs} - {""})
+    data = sorted({str(DataRecord.from_record(run.run.get("data"))) for run in runs})
     facts = [
         ("methods", ", ".join(methods)),
         ("students", ", ".join(students)),
         ("teachers", ", ".join(teachers) or "none"),
+        ("data", "; ".join(data)),
         ("runs", f"{len(runs)}, of which {finished} finished"),
     ]
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)

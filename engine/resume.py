@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,26 @@ from .checkpoint import (
     remove_leftovers,
 )
 from .config import RunConfig, to_dict
+from .data import ImageData
 from .data.crops import crops_of_record
 from .distributed import World
 from .errors import DataError, UsageError
 from .files import read_json
+from .identity import SHORT, STUDENT_FILE, WEIGHTS_FILE, DataRecord, fingerprint
 from .lock import RunLock
-from .teacher import WEIGHTS_FILE
+from .models import create_model
+from .teacher import names_file
+
+EXTEND = "extend"
 
 # What may differ between a checkpoint and the run that goes on from it.
 MAY_CHANGE = {
-    "epochs", "max_steps", "accumulate", "eval_batch", "eval_every", "device", "out", "out_root",
+    "max_steps", "accumulate", "eval_batch", "eval_every", "device", "out", "out_root",
     "resume", "seeds", "data.crops", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
     "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.loader",
     "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
     "data.timeout", "teacher.weights", "teacher.ema", "teacher.expected_top1",
+    "teacher.expected_of",
     "teacher.train_if_missing", "teacher.remember", "teacher.epochs", "teacher.lr",
     "teacher.global_batch", "step.mode", "step.joint_paths", "kernels", "step.max_skips",
     "step.max_skips_in_a_row", "step.max_rewinds", "step.timeout",
@@ -88,7 +94,7 @@ def crops_of_before(config: RunConfig, folders: Iterable[Path]) -> str:
     crops = config.data.crops
     if crops != "auto" or config.resume == "never":
         return crops
-    if config.resume != "auto":
+    if config.resume not in ("auto", EXTEND):
         path = Path(config.resume)
         folders = [path, path.parent.parent]  # a run's folder, or a checkpoint's
     for folder in folders:
@@ -111,7 +117,7 @@ def find_checkpoint(config: RunConfig, out: Path, warn: Callable[[str], None]) -
         if checkpoints(folder):
             raise UsageError(f"{out}: holds a run, and resume is 'never': expected another --out")
         return None
-    if config.resume != "auto":
+    if config.resume not in ("auto", EXTEND):
         path = Path(config.resume)
         if checkpoints(path / "checkpoints"):
             return newest_checkpoint(path / "checkpoints", warn)
@@ -120,22 +126,59 @@ def find_checkpoint(config: RunConfig, out: Path, warn: Callable[[str], None]) -
 
 
 def check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
-    """Refuse to go on from a checkpoint of another configuration, naming the differences."""
-    different = differences(checkpoint.state["config"], config)
+    """Refuse to go on from a checkpoint of another configuration, naming the differences.
+
+    Raises:
+        DataError: An option differs that may not; with `resume='extend'` the number of epochs may.
+        UsageError: That is asked for with fewer epochs than before.
+    """
+    extends = config.resume == EXTEND
+    before = planned_epochs(checkpoint, config)
+    if extends and config.epochs < before:
+        raise UsageError(
+            f"resume={EXTEND!r} with epochs={config.epochs}: {checkpoint.path} is of a run of "
+            f"{before} epochs: expected as many, or more"
+        )
+    different = differences(checkpoint.state["config"], config, but=("epochs",) if extends else ())
     if different:
+        longer = config.epochs > before and not extends
+        more = f", or --resume {EXTEND} for a run that is longer than planned" if longer else ""
         raise DataError(
             f"{checkpoint.path}: checkpoint of another run ({'; '.join(different)}): "
-            "expected the same options, or another --out"
+            f"expected the same options, or another --out{more}"
         )
 
 
-def differences(then: dict[str, Any], config: RunConfig, exact: Collection[str] = ()) -> list[str]:
+def planned_epochs(checkpoint: Checkpoint, config: RunConfig) -> int:
+    """Epochs that a checkpoint's run was to have; where it does not say so, those of `config`."""
+    epochs = checkpoint.state["config"].get("epochs")
+    return epochs if type(epochs) is int else config.epochs
+
+
+def extensions(checkpoint: Checkpoint | None, config: RunConfig) -> list[dict[str, int]]:
+    """Each time that the run was made longer than planned, this one among them."""
+    if checkpoint is None:
+        return []
+    before = planned_epochs(checkpoint, config)
+    found = list(checkpoint.state.get("extended") or ())
+    if before != config.epochs:
+        found.append({"before": before, "after": config.epochs, "step": checkpoint.step})
+    return found
+
+
+def differences(
+    then: dict[str, Any],
+    config: RunConfig,
+    exact: Collection[str] = (),
+    but: Collection[str] = (),
+) -> list[str]:
     """What tells a run from another of the same folder, a line an option.
 
     Args:
         then: The other's configuration, as JSON has it.
         config: The run's.
         exact: Options that must be equal although a run that goes on may change them.
+        but: Options that are not compared.
     """
     # An option that is younger than the other run: what its default does was done before, too.
     before, now = flat(to_dict(RunConfig())) | flat(then), flat(to_dict(config))
@@ -143,29 +186,113 @@ def differences(then: dict[str, Any], config: RunConfig, exact: Collection[str] 
         f"{key}: {before.get(key)} there, {now.get(key)} here"
         for key in sorted(before.keys() | now.keys())
         if (key not in MAY_CHANGE or key in exact)
+        and key not in but
         and _plain(before.get(key)) != _plain(now.get(key))
     ]
 
 
-def check_same_state(checkpoint: Checkpoint, ours: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was made with other data, or another teacher.
+def check_same_data(checkpoint: Checkpoint, data: DataRecord, pipeline: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other data; what it does not say is not compared.
 
     Args:
         checkpoint: The checkpoint.
-        ours: What this run has, by the names under which the checkpoint has it.
+        data: What this run has.
+        pipeline: What brings its images, as a checkpoint has it.
+
+    Raises:
+        DataError: It names the differences.
     """
-    then, now = flat({name: checkpoint.state.get(name) for name in ours}), flat(ours)
-    for key in sorted(then.keys() | now.keys()):
-        if then.get(key) != now.get(key):
-            raise DataError(
-                f"{checkpoint.path}: made with {key}={then.get(key)}, this run has {now.get(key)}: "
-                "expected the same, or another --out"
-            )
+    then = checkpoint.state["data"]
+    record = run_of(checkpoint).get("data")  # an older checkpoint does not name the classes
+    there = DataRecord.from_record((record if isinstance(record, dict) else {}) | then)
+    different = there.differences(data)
+    different += [
+        f"{key} {then[key]} there, {value} here"
+        for key, value in pipeline.items()
+        if key in then and then[key] != value
+    ]
+    if different:
+        raise DataError(
+            f"{checkpoint.path}: made with other data ({'; '.join(different)}): expected the same, "
+            "or another --out"
+        )
+
+
+def check_same_teacher(checkpoint: Checkpoint, sha256: str | None, weights: str | None) -> None:
+    """Refuse a checkpoint that was made with another teacher.
+
+    Args:
+        checkpoint: The checkpoint.
+        sha256: Fingerprint of this run's teacher; None: it has none.
+        weights: Where it comes from.
+
+    Raises:
+        DataError: The fingerprints differ.
+    """
+    then = checkpoint.state.get("teacher_sha256", sha256)
+    if then != sha256:
+        there, here = (f"SHA-256 {s[:SHORT]}" if s else "none" for s in (then, sha256))
+        raise DataError(
+            f"{checkpoint.path}: made with another teacher ({there} there, {here} here, "
+            f"{weights}): expected the same, or another --out"
+        )
+
+
+def check_finished(config: RunConfig, checkpoint: Checkpoint, data: ImageData) -> str:
+    """Refuse a finished run of other data, or of another teacher than this run would have; its
+    options are compared already.
+
+    Args:
+        config: The run.
+        checkpoint: The last one of the finished run.
+        data: What the run would have.
+
+    Returns:
+        What there is to say of its teacher; empty: nothing.
+
+    Raises:
+        DataError: It is another run, or the weights that were named cannot be read.
+    """
+    check_same_data(checkpoint, DataRecord.of(data), data.pipeline)
+    if config.method == "ce":
+        return ""
+    own, given = recorded_teacher(checkpoint), config.teacher.weights
+    weights = own if given is None else given
+    if weights is None:  # of a version that did not say
+        return ""
+    if given is None and names_file(weights) and not Path(weights).is_file():
+        return f", its teacher {weights} is no longer there"
+    if weights != own or names_file(weights):  # a library's weights of one name are the same
+        teacher = create_model(
+            config.teacher.name,
+            num_classes=data.num_classes,
+            weights=weights,
+            ema=config.teacher.ema,
+            say=lambda _: None,
+        )
+        check_same_teacher(checkpoint, fingerprint(teacher), weights)
+    return f", teacher {weights}"
+
+
+def recorded_teacher(checkpoint: Checkpoint) -> str | None:
+    """The weights of the teacher, as a checkpoint's run names them."""
+    teacher = run_of(checkpoint).get("teacher")
+    weights = teacher.get("weights") if isinstance(teacher, dict) else None
+    return weights if isinstance(weights, str) else None
+
+
+def run_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """run.json of the folder that a checkpoint lies in; empty where there is none."""
+    try:
+        found = read_json(checkpoint.path.absolute().parents[1] / "run.json", "a run.json")
+    except (DataError, IndexError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_finished(out: Path, config: RunConfig) -> bool:
     """Whether the run has left its finished network."""
-    name = WEIGHTS_FILE if config.role == "teacher" else "student.safetensors"
+    name = WEIGHTS_FILE if config.role == "teacher" else STUDENT_FILE
     return (out / name).is_file()
 
 

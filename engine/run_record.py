@@ -9,6 +9,7 @@ import torch
 from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
 from .data import ImageData
 from .distributed import SINGLE, World
+from .identity import DataRecord
 from .log import commit, hardware, versions
 from .models.cost import TeacherCost, count_macs, count_params, training_macs
 from .records import RUN_FORMAT
@@ -51,17 +52,7 @@ def run_record(
         "commit": commit(),
         "hardware": hardware(device),
         "world_size": world.size,
-        "data": {
-            "name": data.name,
-            "num_classes": data.num_classes,
-            "image_size": list(data.image_size),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "class_names": data.class_names,
-            "train_images": len(data.train),
-            "test_images": len(data.test),
-            "preprocessing": data.preprocessing,
-        },
+        "data": DataRecord.of(data).record() | {"preprocessing": data.preprocessing},
         "teacher": teacher,
         "cost": costs,
         "not_known_from_paper": {

@@ -23,7 +23,7 @@ from .errors import DataError, Stopped
 from .lock import RunLock
 from .log import Terminal, clock, write_json
 from .preemption import StopRequest, stop_on_signal
-from .study_record import archived_run, on_record, put_on_record
+from .study_record import archived_run, on_record, opened, put_on_record
 from .teacher import find_teacher, run_folder, teacher_run
 
 POLL_S = 0.2
@@ -198,7 +198,9 @@ def teacher_jobs(students: Iterable[RunConfig]) -> list[Job]:
     """One for each teacher that runs need and that is not there yet."""
     jobs: dict[str, Job] = {}
     for config in students:
-        if config.method == "ce" or config.teacher.weights or find_teacher(config) is not None:
+        if config.method == "ce" or config.teacher.weights:
+            continue
+        if find_teacher(config, opened(config.data)) is not None:
             continue
         teacher = teacher_run(config)
         name = run_folder(teacher).name

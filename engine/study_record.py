@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +22,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .config import Configure, RunConfig, Study
+from .config import Configure, DataConfig, RunConfig, Study
 from .errors import DataError
 from .files import first_line, write_atomically
+from .identity import STUDENT_FILE, DataRecord, data_identity, extensions_of
 from .resume import differences
 from .teacher import run_folder
 
@@ -94,17 +97,35 @@ class ArchivedRun:
         except (LookupError, TypeError, ValueError) as error:
             raise DataError(f"an archived run.json is damaged: {first_line(error)}") from None
 
+    @property
+    def data(self) -> DataRecord:
+        """The data that it had, as far as it says.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        try:
+            return DataRecord.from_record(json.loads(self.run).get("data"))
+        except (AttributeError, ValueError) as error:
+            raise DataError(f"an archived run.json is damaged: {first_line(error)}") from None
+
     def check(self, config: RunConfig, where: str) -> None:
-        """Refuse what is kept of a run of other options.
+        """Refuse what is kept of a run of other options, on other data, or longer than planned.
 
         Raises:
             DataError: It names them, and `where`.
         """
         try:
-            then = json.loads(self.run)["config"]
-            different = differences(then, config, exact=("epochs", "max_steps"))
+            run = json.loads(self.run)
+            different = differences(run["config"], config, exact=("max_steps",))
+            extended = extensions_of(run)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"{where}: run.json is damaged: {first_line(error)}") from None
+        if extended is not None:
+            different.append(extended)
+        here = opened(config.data)
+        if here is not None and not different:
+            different = self.data.differences(here)
         if different:
             raise DataError(f"{where}: holds another run ({'; '.join(different)})")
 
@@ -154,6 +175,18 @@ class ArchivedRun:
             run=name,
             command=command,
         )
+
+
+@functools.cache
+def _opened(config: DataConfig, folder: str) -> DataRecord | None:
+    return data_identity(dataclasses.replace(config, root=folder))
+
+
+def opened(config: DataConfig) -> DataRecord | None:
+    """`data_identity` of data in a folder, opened once for many runs; None: no folder is named, so
+    that opening them might fetch them."""
+    folder = config.root or os.environ.get("DFPTKD_DATA")
+    return _opened(config, folder) if folder else None
 
 
 def put_on_record(study: Study, configure: Configure, results: Path) -> int:
@@ -247,7 +280,7 @@ def archived_run(config: RunConfig) -> ArchivedRun | None:
         DataError: The folder is damaged, or holds a run of other options.
     """
     folder = run_folder(config)
-    done = folder / "student.safetensors"
+    done = folder / STUDENT_FILE
     if not done.is_file():
         return None
     try:

@@ -12,6 +12,7 @@ from .config import Budget, Cell, Study
 from .errors import DataError, UsageError
 from .files import first_line
 from .groups import Statistic
+from .identity import DataRecord
 from .paired import PairedDifference
 from .study_record import ArchivedRun, StudyRow, read_archive, read_rows
 
@@ -174,6 +175,17 @@ def _results(
             raise DataError(
                 f"{archive}: {name}: another {run.teacher[0]} as teacher than other runs have: "
                 "expected one, as their differences would be the teachers'"
+            )
+    first: dict[str | None, DataRecord] = {}
+    for name, run in runs.items():
+        before = first.setdefault(run.data.name, run.data)
+        if before.train_sha256 is None:
+            first[run.data.name] = run.data
+        other = before.differences(run.data, ("class_names", "train_sha256", "test_sha256"))
+        if other:
+            raise DataError(
+                f"{archive}: {name}: on other data than other runs have ({'; '.join(other)}): "
+                "expected the same, as their differences would be those of the data"
             )
     for results in cells:
         if len({(row.epochs, row.train_images) for row in results.rows}) > 1:

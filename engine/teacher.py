@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from .config import RunConfig
 from .errors import DataError
-from .files import read_json
-
-WEIGHTS_FILE = "teacher.safetensors"
+from .identity import WEIGHTS_FILE, DataRecord, NetworkRecord, network_of
+from .models.weights import FILE_SUFFIXES, PACKAGE
 
 
 def teacher_run(config: RunConfig) -> RunConfig:
@@ -53,42 +53,102 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.out_root) / f"{recipe}-{config.method}-seed{config.seed}"
 
 
-def find_teacher(config: RunConfig) -> Path | None:
-    """Weights of the newest finished train-teacher run of this teacher under the output root."""
-    found = []
-    for weights in Path(config.out_root).glob(f"*/{WEIGHTS_FILE}"):
-        try:
-            run = read_json(weights.parent / "run.json", "a run.json")["config"]
-            same = run["student"] == config.teacher.name and run["data"]["name"] == config.data.name
-        except (OSError, DataError, LookupError, TypeError):
+@dataclass(frozen=True)
+class TeacherChoice:
+    """The weights of a run's teacher, and how they were come by."""
+
+    weights: str
+    said: list[str] = field(default_factory=list)
+    """A line each: what was passed over, and what was taken in its place."""
+    warnings: list[str] = field(default_factory=list)
+    """What is known against them, a line each."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """What is known of their training, as `NetworkRecord.record` has it."""
+
+
+def find_teacher(
+    config: RunConfig, data: DataRecord | None = None, say: Callable[[str], None] | None = None
+) -> Path | None:
+    """Weights of a train-teacher run of this teacher under the output root.
+
+    Found is what was trained to its end, on these data: all the images that the run trains on, and
+    the same classes. Of several the one of the most epochs counts, and of these the newest.
+
+    Args:
+        config: The run.
+        data: Its data; None: nothing but their name is known.
+        say: Gets a line that names what was passed over.
+    """
+    data = DataRecord(name=config.data.name) if data is None else data
+    fit: list[tuple[float, float, Path, NetworkRecord]] = []
+    passed_over = []
+    for weights in sorted(Path(config.out_root).glob(f"*/{WEIGHTS_FILE}")):
+        known = network_of(weights)
+        if known.model != config.teacher.name:
             continue
-        if same:
-            found.append((weights.stat().st_mtime, weights))
-    return max(found)[1] if found else None
+        complaints = known.complaints(data)
+        if complaints:
+            passed_over.append(f"{weights} ({'; '.join(complaints)})")
+            continue
+        with suppress(OSError):
+            fit.append((known.epochs or 0.0, weights.stat().st_mtime, weights, known))
+    best = max(fit, default=None, key=lambda found: found[:2])
+    if best is not None:
+        others = sorted(found for found in fit if found is not best)
+        passed_over += [f"{path} ({known}: fewer epochs, or older)" for _, _, path, known in others]
+    if passed_over and say is not None:
+        say(f"teachers passed over: {', '.join(passed_over)}")
+    return None if best is None else best[2]
 
 
-def resolve_weights(config: RunConfig) -> str:
-    """`--teacher.weights`, or the newest train-teacher run.
+def choose_teacher(
+    config: RunConfig, data: DataRecord | None = None, own: str | None = None
+) -> TeacherChoice:
+    """`--teacher.weights`, or what the run had so far, or a train-teacher run.
+
+    Args:
+        config: The run.
+        data: Its data; None: nothing but their name is known.
+        own: The weights that its record names, where it goes on.
 
     Raises:
-        DataError: There is neither.
+        DataError: There are none.
     """
-    if config.teacher.weights is not None:
-        return config.teacher.weights
-    found = find_teacher(config)
-    if found is None:
-        raise DataError(
-            f"no weights for teacher {config.teacher.name}: expected --teacher.weights, or a "
-            f"train-teacher run under {config.out_root}/ (make one: dfptkd train-teacher "
-            f"{config.recipe})"
-        )
-    return str(found)
+    weights, said = config.teacher.weights, []
+    if weights is None and own is not None:
+        if not names_file(own) or Path(own).is_file():
+            weights = own
+        else:
+            said.append(f"the run's teacher, {own}, is no longer there")
+    if weights is None:
+        found = find_teacher(config, data, said.append)
+        if found is None:
+            raise DataError(
+                f"no weights for teacher {config.teacher.name}: expected --teacher.weights, or a "
+                f"train-teacher run under {config.out_root}/ (make one: dfptkd train-teacher "
+                f"{config.recipe}){''.join(f'; {line}' for line in said)}"
+            )
+        weights = str(found)
+    known = network_of(Path(weights)) if names_file(weights) else NetworkRecord()
+    warnings = [f"teacher {weights}: {line}" for line in _complaints(config, data, known)]
+    return TeacherChoice(weights, said, warnings, known.record())
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names and values of a model's state."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def names_file(weights: str) -> bool:
+    """Whether weights are a file, and not known to a library by their name."""
+    path = Path(weights)
+    is_path = path.suffix in FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
+    return is_path and not weights.startswith(PACKAGE)
+
+
+def _complaints(config: RunConfig, data: DataRecord | None, known: NetworkRecord) -> list[str]:
+    """What speaks against a network that a run is to have as its teacher."""
+    found = [] if data is None else known.complaints(data)
+    planned = known.planned_epochs
+    if not found and planned is not None and planned < config.teacher.epochs:
+        found.append(f"trained for {planned} epochs, where the recipe has {config.teacher.epochs}")
+    if known.extended is not None:
+        found.append(known.extended)
+    if known.model not in (None, config.teacher.name):
+        found.append(f"says that it is {known.model}, not {config.teacher.name}")
+    return found

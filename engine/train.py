@@ -21,6 +21,7 @@ import torch
 
 from ..kernels.backend import Site, fast_backend, unavailable
 from .alarms import (
+    chance_warning,
     fusion_warning,
     loss_spike,
     overhead_warning,
@@ -32,10 +33,20 @@ from .checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint, seconds
 from .config import RunConfig, to_dict
 from .data import Batch, ImageData, load_data, steps_per_epoch
 from .data.crops import side_of_epoch
+from .data.facts import published_classes
 from .distributed import SINGLE, StopVote, World, synchronise_batch_norms
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
 from .explain import EVALUATION, explained
 from .files import save_file, write_atomically
+from .identity import (
+    STUDENT_FILE,
+    WEIGHTS_FILE,
+    DataRecord,
+    NetworkRecord,
+    extension_text,
+    extensions_of,
+    fingerprint,
+)
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
 from .machine import check_machine, check_sizes, prepare_torch
@@ -48,11 +59,19 @@ from .models.input_norm import InputNorm, InputNorms, given_norm, stated_norm
 from .models.weights import EMA_METADATA, ema_beside
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
-from .resume import check_same_state, crops_of_before, start_of_main
+from .resume import (
+    check_finished,
+    check_same_data,
+    check_same_teacher,
+    crops_of_before,
+    extensions,
+    recorded_teacher,
+    start_of_main,
+)
 from .run_record import run_record
 from .run_state import RunState
 from .step import SkipCounts, TrainStep, choose_mode
-from .teacher import WEIGHTS_FILE, fingerprint, resolve_weights, run_folder
+from .teacher import TeacherChoice, choose_teacher, run_folder
 from .teacher_logits import TeacherLogits, outlook
 from .together import RandomState, SharedBatches, take_turns
 from .watchdog import Watchdog
@@ -207,7 +226,8 @@ def prepare(
     end = end_step(config, total_steps)
     checkpoint, finished = start_of_main(config, out, end, world, locks, warn)
     if checkpoint is not None and finished:
-        return already_done(out, checkpoint, world)
+        said_of_teacher = world.of_main(lambda: check_finished(config, checkpoint, data))
+        return already_done(out, checkpoint, said_of_teacher, world)
 
     torch.manual_seed(config.seed)  # the student first: equal under every method (T2)
     notes: list[str] = []
@@ -220,15 +240,15 @@ def prepare(
         )
     )
     cost = None
-    teacher, teacher_record = None, None
+    teacher, teacher_record, choice = None, None, None
     if config.method != "ce":
-        weights = world.of_main(lambda: resolve_weights(config))
+        choice = choice_of_main(config, data, checkpoint, world)
         with torch.random.fork_rng(devices=[]):
             teacher = world.everywhere(
                 lambda: create_model(
                     config.teacher.name,
                     num_classes=data.num_classes,
-                    weights=weights,
+                    weights=choice.weights,
                     ema=config.teacher.ema,
                     say=notes.append,
                 )
@@ -236,11 +256,12 @@ def prepare(
         cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
         teacher_record = {
             "name": config.teacher.name,
-            "weights": weights,
+            "weights": choice.weights,
             "sha256": fingerprint(teacher),
-            "expected_top1": config.teacher.expected_top1,
+            "expected_top1": expected_top1(config, data),
+            "trained": choice.trained,
         }
-        check_same_teacher(teacher_record, world)
+        check_equal_teachers(teacher_record, world)
     for note in notes if world.is_main else ():
         print(f"{prefix}{note}")
     found = world.of_main(
@@ -252,12 +273,12 @@ def prepare(
     for name, norm in norms.by_network.items():
         record[name] = (record.get(name) or {}) | norm.to_json()
     record["warnings"] += said
-    # From here on the data's statistics are those by which its images are normalised.
-    data = dataclasses.replace(data, mean=norms.student.mean, std=norms.student.std)
+    record["extended"] = extensions(checkpoint, config)
     if config.step.sync_bn and world.size > 1:
         synchronise_batch_norms(method.trained_networks())
     method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world, norms)
+    trainer.choice = choice
     if teacher_record is not None:
         trainer.remember_logits(teacher_record["sha256"], seeds)
     if not world.is_main:  # from here on dropout and the like draw differently in every process
@@ -303,7 +324,29 @@ def norms_of(
     return then
 
 
-def check_same_teacher(record: dict[str, Any], world: World) -> None:
+def choice_of_main(
+    config: RunConfig, data: ImageData, checkpoint: Checkpoint | None, world: World
+) -> TeacherChoice:
+    """The weights of the teacher, which rank 0 chooses; of a run that goes on its own ones."""
+
+    def choose() -> dict[str, Any]:
+        own = None if checkpoint is None else recorded_teacher(checkpoint)
+        return dataclasses.asdict(choose_teacher(config, DataRecord.of(data), own))
+
+    return TeacherChoice(**world.of_main(choose))
+
+
+def expected_top1(config: RunConfig, data: ImageData) -> float | None:
+    """What the recipe counts on from its teacher; None: this is another one, or on other data."""
+    of = config.teacher.expected_of
+    if of is not None and of != (config.teacher.name, data.name):
+        return None
+    if published_classes(data.name) not in (None, data.num_classes):
+        return None  # a part of the set
+    return config.teacher.expected_top1
+
+
+def check_equal_teachers(record: dict[str, Any], world: World) -> None:
     """Refuse to train with teachers that differ between the processes."""
     ours = record["sha256"]
     theirs = world.exchange(ours)[0]
@@ -355,9 +398,12 @@ class Trainer:
         world: World = SINGLE,
         norms: InputNorms | None = None,
     ) -> None:
-        self.config, self.out, self.data, self.method = config, out, data, method
         own = InputNorm(data.mean, data.std)
         self.norms = norms or InputNorms(own, own, None if method.frozen_teacher() is None else own)
+        self.data_record = DataRecord.of(data)
+        # From here on the data's statistics are those by which the student's images are normalised.
+        data = dataclasses.replace(data, mean=self.norms.student.mean, std=self.norms.student.std)
+        self.config, self.out, self.data, self.method = config, out, data, method
         self.device, self.total_steps, self.world = device, total_steps, world
         self.stop = StopVote(stop, world)
         self.per_epoch = steps_per_epoch(len(data.train), config.global_batch)
@@ -401,6 +447,7 @@ class Trainer:
         self.line: ProgressLine
         self.teacher_sha256: str | None = None
         self.teacher_top1: float | None = None
+        self.choice: TeacherChoice | None = None
         self.alarmed = False
         self.logits: TeacherLogits | None = None
         self.kernel_note: str | None = None
@@ -550,6 +597,8 @@ class Trainer:
         if self.progress.step:
             log.say(f"resumed from step {self.progress.step} of {self.end_step}")
             log.event("resumed", f"from step {self.progress.step}", self.progress.step)
+        self.tell_extensions(record)
+        self.tell_choice(record)
         self.choose_kernels(record)
         with self.step.autocast(), self.step.plainly(), self.step.kernels.in_force():
             teacher = self.evaluator.teacher()
@@ -572,6 +621,25 @@ class Trainer:
             record["warnings"].append(warning)
             log.warn(kind, warning, self.progress.step)
 
+    def tell_extensions(self, record: dict[str, Any]) -> None:
+        """Say of a run that it is longer than it was planned; that stays on its record."""
+        for entry in record["extended"]:
+            text = extension_text(**entry)
+            record["warnings"].append(text)
+            if entry["step"] == self.progress.step:
+                self.log.warn("extended", text, self.progress.step)
+
+    def tell_choice(self, record: dict[str, Any]) -> None:
+        """Say which teachers were passed over, and what is known against the one that was taken."""
+        if self.choice is None:
+            return
+        for line in self.choice.said:
+            self.log.say(line)
+            self.log.event("teacher_choice", line, self.progress.step)
+        for warning in self.choice.warnings:
+            record["warnings"].append(warning)
+            self.log.warn("teacher", warning, self.progress.step)
+
     def processes(self) -> str:
         """What the first line says of them."""
         return f"{self.world.size} processes, " if self.world.size > 1 else ""
@@ -579,8 +647,11 @@ class Trainer:
     def early_warnings(self, cost: dict[str, Any]) -> list[tuple[str, str]]:
         """Failure signatures that are visible before the first step (M45, M46)."""
         config = self.config
-        expected = config.teacher.expected_top1
-        found = [("teacher_below_expectation", teacher_warning(self.teacher_top1, expected))]
+        top1, expected = self.teacher_top1, self.record["teacher"]["expected_top1"]
+        found = [
+            ("teacher_at_chance", chance_warning(top1, self.data.test.labels.bincount().tolist())),
+            ("teacher_below_expectation", teacher_warning(top1, expected)),
+        ]
         if config.has_prompt_path:
             params = overhead_warning(cost["added_params"], cost["teacher_params"], "parameters")
             macs = overhead_warning(cost["added_macs"], cost["teacher_macs"], "MACs")
@@ -1097,8 +1168,9 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,
-            "data": self.data_identity(),
+            "data": self.data_record.record() | self.data.pipeline,
             "norms": self.norms.to_json(),
+            "extended": self.record.get("extended", []),
             "kernels": self.step.kernels.record(),
             "config": to_dict(self.config),
             "versions": versions(),
@@ -1137,23 +1209,15 @@ class Trainer:
         """What went wrong on the disk without harm."""
         self.log.warn("storage", message, self.progress.step)
 
-    def data_identity(self) -> dict[str, Any]:
-        """What must be the same in a run that goes on."""
-        return {
-            "name": self.data.name,
-            "num_classes": self.data.num_classes,
-            "train_images": len(self.data.train),
-            **self.data.pipeline,
-        }
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Inverse of `save`.
 
         Raises:
             DataError: The checkpoint is another model's, another teacher's or another data set's.
         """
-        ours = {"data": self.data_identity(), "teacher_sha256": self.teacher_sha256}
-        check_same_state(checkpoint, ours)
+        check_same_data(checkpoint, self.data_record, self.data.pipeline)
+        weights = None if self.choice is None else self.choice.weights
+        check_same_teacher(checkpoint, self.teacher_sha256, weights)
         self.world.everywhere(lambda: self.bind_kernels(checkpoint))
         self.state.restore(checkpoint)
         self.progress = checkpoint.part("progress", Progress)
@@ -1167,7 +1231,7 @@ class Trainer:
         and before it, as the run counts as finished where the network is there."""
         if not self.world.is_main:
             return
-        path = self.out / (WEIGHTS_FILE if self.config.role == "teacher" else "student.safetensors")
+        path = self.out / (WEIGHTS_FILE if self.config.role == "teacher" else STUDENT_FILE)
         if self.step.ema is not None:
             self.write_network(self.step.ema.module, ema_beside(path), "ema", EMA_METADATA)
         self.write_network(self.method.student, path, "student", {})
@@ -1179,14 +1243,20 @@ class Trainer:
         tensors = {
             k: v.detach().cpu().contiguous().clone() for k, v in network.state_dict().items()
         }
-        metadata = {
-            "model": self.config.student,
-            "num_classes": str(self.data.num_classes),
-            "top1": f"{self.progress.last[f'{name}_top1']:.4f}",
-            **more,
-            **{name: json.dumps(list(getattr(self.data, name))) for name in ("mean", "std")},
-        }
+        norm = {key: json.dumps(list(getattr(self.norms.student, key))) for key in ("mean", "std")}
+        metadata = self.identity(name).metadata() | norm | more
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def identity(self, name: str) -> NetworkRecord:
+        """Who the trained network is by now; `name` as in the columns of metrics.csv."""
+        return NetworkRecord(
+            model=self.config.student,
+            data=self.data_record,
+            epochs=self.progress.step / self.per_epoch,
+            planned_epochs=self.config.epochs,
+            top1=self.progress.last[f"{name}_top1"],
+            extended=extensions_of(self.record),
+        )
 
 
 def end_step(config: RunConfig, total_steps: int) -> int:
@@ -1194,10 +1264,12 @@ def end_step(config: RunConfig, total_steps: int) -> int:
     return total_steps if config.max_steps is None else min(config.max_steps, total_steps)
 
 
-def already_done(out: Path, checkpoint: Checkpoint, world: World = SINGLE) -> RunResult:
-    """Report a finished run; nothing is written."""
+def already_done(
+    out: Path, checkpoint: Checkpoint, teacher: str = "", world: World = SINGLE
+) -> RunResult:
+    """Report a finished run, and what there is to say of its teacher; nothing is written."""
     progress = checkpoint.part("progress", Progress)
     top1 = progress.last.get("student_top1", math.nan)
     if world.is_main:
-        print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %")
+        print(f"{out}: already finished at step {progress.step}, top-1 {top1:.2f} %{teacher}")
     return RunResult(out, progress.step, progress.last, progress.best)

@@ -26,7 +26,7 @@ def _optim(**values: object) -> Callable[[RunConfig], RunConfig]:
 
 def _teacher(name: str) -> Callable[[RunConfig], RunConfig]:
     return lambda config: replace(
-        config, teacher=replace(config.teacher, name=name, expected_top1=None)
+        config, teacher=replace(config.teacher, name=name, expected_top1=None, expected_of=None)
     )
 
 

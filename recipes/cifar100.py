@@ -44,7 +44,11 @@ def _pair(
         method=method,  # type: ignore[arg-type]
         student=f"cifar:{student}",
         data=DataConfig(name="cifar100"),
-        teacher=TeacherConfig(name=f"cifar:{teacher}", expected_top1=teacher_top1),
+        teacher=TeacherConfig(
+            name=f"cifar:{teacher}",
+            expected_top1=teacher_top1,
+            expected_of=(f"cifar:{teacher}", "cifar100"),
+        ),
         prompt=prompt,
         # A warm-up of 20 epochs belongs to DKD's protocol.
         loss=LossConfig(dkd_beta=dkd_beta, warmup_epochs=20 if method == "dkd" else 0),

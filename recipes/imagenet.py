@@ -64,6 +64,7 @@ def _pair(
             name=teacher,
             weights=weights,
             expected_top1=teacher_top1,
+            expected_of=(teacher, "imagenet"),
             epochs=100,
             lr=0.1,
             global_batch=256,

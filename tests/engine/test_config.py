@@ -78,6 +78,7 @@ REFUSED = {
         "lr": POSITIVE,
         "global_batch": AT_LEAST_ONE,
         "expected_top1": (-1.0, 100.1, NAN),
+        "expected_of": (("cifar:vgg8",), ()),
     },
     LossConfig: {
         "tau": POSITIVE,

@@ -275,7 +275,7 @@ def make_config(root, **changes):
 
 def with_teacher(root, tmp_path, **changes):
     config = make_config(root, **changes)
-    weights = train_module.resolve_weights(config)
+    weights = train_module.choose_teacher(config).weights
     teacher = replace(config.teacher, weights=weights)
     return replace(config, out_root=str(tmp_path / "together"), teacher=teacher)
 

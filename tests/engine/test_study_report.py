@@ -289,6 +289,26 @@ def test_runs_under_different_teachers_are_refused(table):
         results_of(table)
 
 
+def test_runs_on_different_data_are_refused(table):
+    """Of as many images under one name; a run that does not say which they are is no other."""
+
+    def say(hashes):
+        def change(texts):
+            for seed, sha256 in hashes.items():
+                name = f"quickstart-dfpt-seed{seed}/run.json"
+                run = json.loads(texts[name])
+                run["data"] |= {"name": "own", "train_sha256": sha256}
+                texts[name] = json.dumps(run)
+
+        edit_archive(table, change)
+
+    say({1: "ab", 2: "ab"})
+    assert results_of(table)
+    say({3: "cd"})
+    with pytest.raises(DataError, match=r"dfpt-seed3: on other data than other runs have \(SHA"):
+        results_of(table)
+
+
 def test_what_the_study_does_not_say_any_more_is_refused(table):
     study = make_study()
     with pytest.raises(DataError, match=r"main has no cell 'mixture' of quickstart"):

@@ -63,7 +63,7 @@ def test_each_seed_has_the_bits_of_its_own_run(root, tmp_path, method, order_see
     config = replace(config, data=replace(config.data, order_seed=order_seed))
     alone = [run(replace(config, seed=s, out=str(tmp_path / f"alone{s}"))).out for s in SEEDS]
     together_root = tmp_path / "together"
-    teacher = train_module.resolve_weights(config) if method != "ce" else None
+    teacher = train_module.choose_teacher(config).weights if method != "ce" else None
     config = replace(
         config, out_root=str(together_root), teacher=replace(config.teacher, weights=teacher)
     )
@@ -112,7 +112,7 @@ def test_the_original_path_runs_once_for_a_batch_that_seeds_share(
 
     monkeypatch.setattr(Trunk, "forward", counting)
     config = make_config(root)
-    weights = train_module.resolve_weights(config)
+    weights = train_module.choose_teacher(config).weights
     config = replace(
         config,
         out_root=str(tmp_path),
