@@ -21,8 +21,9 @@ from dfptkd.engine.data import load_data
 from dfptkd.engine.errors import DataError
 from dfptkd.engine.evaluate import evaluate_checkpoint
 from dfptkd.engine.export import export_student
+from dfptkd.engine.identity import fingerprint
 from dfptkd.engine.models import create_model
-from dfptkd.engine.teacher import fingerprint, teacher_run
+from dfptkd.engine.teacher import teacher_run
 from dfptkd.engine.train import run
 
 STUDENT = "cifar:resnet8_s2"
