@@ -1,7 +1,7 @@
 """Runs that differ in nothing but their seed, as one group with a mean and a spread.
 
 Within a recipe, a group is told apart by its method and by the options in which runs of the recipe
-differ. An option counts only for the methods that read it.
+differ. An option counts only where it has an effect (options.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .config import to_dict
+from .options import counts
 from .records import RunRecord
 
 METHOD_ORDER = ("ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus")
@@ -26,29 +28,6 @@ METHOD_NAMES = {
     "dfpt_plus": "DFPT-KD+",
 }
 MIN_RUNS = 3  # fewer independent runs do not carry a mean ± std
-
-# Where a run lives and how it is kept, not what it computes.
-_HOUSEKEEPING = frozenset(
-    ("recipe", "method", "seed", "seeds", "out", "out_root", "resume", "device", "kernels",
-     "eval_batch", "checkpoint_every", "keep_checkpoints", "data.root", "data.workers",
-     "teacher.weights", "teacher.remember")
-)  # fmt: skip
-# Options that some methods alone read; the first prefix that fits decides.
-_DFPT = ("dfpt", "dfpt_plus")
-_READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss.kd_", ("kd",)),
-    ("loss.dkd_ce", ("dkd",)),
-    ("loss.dkd_", ("dkd", *_DFPT)),  # loss.decoupled
-    ("loss.dist_", ("dist",)),
-    ("loss.tau", ("kd", "dkd", "dist", *_DFPT)),
-    ("loss.warmup_epochs", ("kd", "dkd", "dist", *_DFPT)),
-    ("loss.label_smoothing", METHOD_ORDER),
-    ("loss.", _DFPT),
-    ("prompt.", _DFPT),
-    ("optim.prompt_lr_scale", _DFPT),
-    ("optim.backbone_lr_scale", ("dfpt_plus",)),
-    ("teacher.", ("kd", "dkd", "dist", *_DFPT)),
-)
 
 
 @dataclass(frozen=True)
@@ -174,16 +153,6 @@ def compare_methods(groups: Sequence[Group]) -> list[Comparison]:
     return sorted(comparisons, key=lambda c: c.better.recipe)
 
 
-def reads(method: str, option: str) -> bool:
-    """Whether a method's result depends on an option."""
-    if option in _HOUSEKEEPING:
-        return False
-    for prefix, readers in _READERS:
-        if option.startswith(prefix):
-            return method in readers
-    return True
-
-
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested configuration as {"loss.tau": 4.0, ...}."""
     flat = {}
@@ -195,12 +164,20 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def reads(run: RunRecord, option: str) -> bool:
+    """Whether a run's result depends on an option."""
+    return counts("teacher.name" if option == "teacher.sha256" else option, run.config)
+
+
 def options_read(run: RunRecord) -> dict[str, Any]:
     """The flat options that a run's result depends on, the teacher by its checksum."""
-    options = {k: v for k, v in flatten(run.run["config"]).items() if reads(run.method, k)}
+    values = flatten(run.run["config"])
+    if run.config is not None:
+        values |= flatten(to_dict(run.config))
+    options = {k: v for k, v in values.items() if reads(run, k)}
     # The file name of the teacher's weights says little, their checksum everything.
     sha256 = (run.run.get("teacher") or {}).get("sha256")
-    if sha256 and reads(run.method, "teacher.sha256"):
+    if sha256 and reads(run, "teacher.sha256"):
         options["teacher.sha256"] = sha256[:8]
     return options
 
@@ -208,18 +185,15 @@ def options_read(run: RunRecord) -> dict[str, Any]:
 def _groups_of(recipe: str, runs: list[RunRecord]) -> list[Group]:
     options = [options_read(run) for run in runs]
     names = {name for o in options for name in o}
-    # A run of an older version may lack an option: that is a difference too.
     differing = sorted(
         name
         for name in names
-        if len(
-            {repr(o.get(name)) for o, r in zip(options, runs, strict=True) if reads(r.method, name)}
-        )
+        if len({repr(o.get(name)) for o, r in zip(options, runs, strict=True) if reads(r, name)})
         > 1
     )
     grouped: dict[tuple[str, str], Group] = {}
     for run, values in zip(runs, options, strict=True):
-        own = {name: values.get(name) for name in differing if reads(run.method, name)}
+        own = {name: values.get(name) for name in differing if reads(run, name)}
         group = grouped.setdefault((run.method, repr(own)), Group(recipe, run.method, own, []))
         group.runs.append(run)
     for group in grouped.values():
@@ -232,8 +206,8 @@ def _method_rank(method: str) -> int:
 
 
 def _comparable(a: Group, b: Group) -> bool:
-    shared = {name for name in {*a.options, *b.options} if reads(a.method, name)}
-    shared = {name for name in shared if reads(b.method, name)}
+    shared = {name for name in {*a.options, *b.options} if reads(a.runs[0], name)}
+    shared = {name for name in shared if reads(b.runs[0], name)}
     same_options = all(a.options.get(name) == b.options.get(name) for name in shared)
     return a.recipe == b.recipe and same_options
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,19 +19,8 @@ from .config import RunConfig, to_dict
 from .distributed import World
 from .errors import DataError, UsageError
 from .lock import RunLock
+from .options import MAY_CHANGE, related_terms
 from .teacher import WEIGHTS_FILE
-
-# What may differ between a checkpoint and the run that goes on from it.
-MAY_CHANGE = {
-    "epochs", "max_steps", "accumulate", "eval_batch", "eval_every", "device", "out", "out_root",
-    "resume", "seeds", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
-    "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.loader",
-    "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
-    "data.timeout", "teacher.weights", "teacher.expected_top1", "teacher.train_if_missing",
-    "teacher.remember", "teacher.epochs", "teacher.lr", "teacher.global_batch", "step.mode",
-    "step.joint_paths", "kernels", "step.max_skips", "step.max_skips_in_a_row",
-    "step.max_rewinds", "step.timeout",
-}  # fmt: skip
 
 
 def start_of_main(
@@ -68,6 +58,7 @@ def start_of_main(
         if checkpoint is None:
             return None
         check_same_run(config, checkpoint)
+        check_same_parts(config, checkpoint, world)
         found.append(checkpoint)
         return {"path": str(checkpoint.path), "state": checkpoint.state, "finished": finished}
 
@@ -105,6 +96,20 @@ def check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
         raise DataError(
             f"{checkpoint.path}: checkpoint of another run ({'; '.join(different)}): "
             "expected the same options, or another --out"
+        )
+
+
+def check_same_parts(config: RunConfig, checkpoint: Checkpoint, world: World) -> None:
+    """Refuse to cut batches otherwise than before, where loss terms relate the images of a part."""
+    state, terms = checkpoint.state, related_terms(config)
+    # Absent in a checkpoint of a version that knew neither: one part.
+    then = (state["config"].get("accumulate", 1), state.get("world_size", 1))
+    now = (config.accumulate, world.size)
+    if terms and math.prod(then) != math.prod(now):
+        raise DataError(
+            f"{checkpoint.path}: made with accumulate={then[0]} in {then[1]} processes, this run "
+            f"has {now[0]} in {now[1]}, and loss terms compare the images of a part "
+            f"({', '.join(terms)}): expected as many parts, or another --out"
         )
 
 

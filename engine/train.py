@@ -23,6 +23,7 @@ from .alarms import (
     fusion_warning,
     loss_spike,
     overhead_warning,
+    relation_warning,
     saturates_early,
     saturation_warning,
     teacher_warning,
@@ -37,13 +38,14 @@ from .explain import EVALUATION, explained
 from .files import save_file, write_atomically
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
-from .machine import check_machine, check_sizes, prepare_torch
+from .machine import check_machine, check_sizes, part_sizes, prepare_torch
 from .memory import available_bytes
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import teacher_cost
 from .optim import learning_rates
+from .options import related_terms
 from .preemption import StopRequest, stop_on_signal
 from .resume import check_same_state, start_of_main
 from .run_record import run_record
@@ -480,6 +482,9 @@ class Trainer:
         config = self.config
         expected = config.teacher.expected_top1
         found = [("teacher_below_expectation", teacher_warning(self.teacher_top1, expected))]
+        batch = min(config.global_batch, len(self.data.train))
+        part, _ = part_sizes(config, batch, self.world)
+        found.append(("cut_batches", relation_warning(related_terms(config), part, batch)))
         if config.has_prompt_path:
             params = overhead_warning(cost["added_params"], cost["teacher_params"], "parameters")
             macs = overhead_warning(cost["added_macs"], cost["teacher_macs"], "MACs")
