@@ -213,7 +213,7 @@ def parse_run(verb: str, args: list[str], own: Sequence[str] = ()) -> RunConfig 
         config, typed = parse_options(config, args, prog, own)
     except SystemExit:  # help was printed
         return None
-    configs = _compared_in_profile(config) if verb == "profile" else [_settled(config)]
+    configs = _compared_in_profile(config) if verb == "profile" else [config]
     refuse_without_effect(typed, configs, verb, without_data=verb in ("plan", "profile"))
     return config
 
@@ -245,19 +245,7 @@ def _parse_teacher_run(recipe: RunConfig, arm: str | None, args: list[str], prog
                 f"{value_of(armed, name)}: expected one of them, as both say it of the teacher's "
                 "run"
             )
-    refuse_without_effect(typed, [_settled(config)], "train-teacher")
-    return config
-
-
-def _settled(config: RunConfig) -> RunConfig:
-    """The run with the loader that `auto` stands for here."""
-    from .data.file_data import SOURCES, choose_loader
-
-    if config.data.name not in SOURCES:
-        return config
-    with contextlib.suppress(UsageError):  # which the run will say
-        data = dataclasses.replace(config.data, loader=typing.cast(Any, choose_loader(config.data)))
-        return dataclasses.replace(config, data=data)
+    refuse_without_effect(typed, [config], "train-teacher")
     return config
 
 

@@ -301,7 +301,7 @@ class LossConfig:
     warmup_epochs: float = 0.0
     """Distillation terms grow linearly, step by step, from 0 over this many epochs."""
     update: Literal["simultaneous", "alternating"] = "simultaneous"
-    """alternating: even steps move the student, odd steps the prompt path."""
+    """dfpt, dfpt_plus: alternating: even steps move the student, odd steps the prompt path."""
 
     def __post_init__(self) -> None:
         _check_values(self, "loss.")
@@ -484,7 +484,8 @@ class RunConfig:
     global_batch: int = 64
     """Images in an optimisation step, whatever the number of devices and of accumulated parts."""
     accumulate: int = 1
-    """Parts that a batch is cut into to save memory."""
+    """Parts that a batch is cut into to save memory. BatchNorms, RKD's terms and DIST's columns see
+    the images of one part."""
     eval_batch: int = 256
     """Images in an evaluation step."""
     eval_every: int = 1

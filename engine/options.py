@@ -115,7 +115,7 @@ _GROWS = Needs(
     ("data.loader",),
     lambda c: c.data.loader != "device",
 )
-# What `auto` takes for image files, only the files say.
+# What `auto` takes for image files, the files say: until they are read all of it may be.
 _RESIDENT = Needs(
     "images that lie on the device: data.loader device",
     ("data.name", "data.loader"),

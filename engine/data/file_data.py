@@ -80,6 +80,11 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
         notes.append(
             f"evaluated without {skipped} of {len(wanted)} test images, which are in quarantine"
         )
+    if config.crop_padding is not None and loader != "device":
+        notes.append(
+            f"data.crop_padding={config.crop_padding} is not used: data.loader {loader} cuts "
+            "images out of their files"
+        )
     splits = {}
     for name, files in (("train", train), ("test", test)):
         bad = listed if name == "train" else None

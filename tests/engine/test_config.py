@@ -181,6 +181,15 @@ def test_M20_fields_that_contradict_each_other_are_refused():
         if name != "decoupled":
             with pytest.raises(UsageError, match=r"step\.joint_paths.*no loss\.rkd_distance"):
                 RunConfig(loss=loss, step=StepConfig(joint_paths=True))
+    alternating = LossConfig(update="alternating")
+    for other in (
+        {"method": "kd"},
+        {"loss": LossConfig(update="alternating", mixture_control=True)},
+    ):
+        with pytest.raises(UsageError, match=r"loss\.update='alternating' with method.*'dfpt'"):
+            RunConfig(**{"loss": alternating, **other})
+    # a teacher alone would rest in every other step
+    assert teacher_run(RunConfig(loss=alternating)).loss.update == "simultaneous"
     joint = StepConfig(joint_paths=True)
     for method in ("kd", "dfpt_plus"):
         with pytest.raises(UsageError, match=r"step\.joint_paths.*'dfpt'"):
