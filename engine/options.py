@@ -322,7 +322,7 @@ def refuse_without_effect(
 
     Args:
         typed: Options that are on the command line: what a recipe sets for all methods is not
-            among them.
+            among them. One that is None there takes back what the recipe sets.
         configs: The run; or several, of which one must take the option.
         verb: For the message.
         without_data: Nothing is read: an option may stand for image files that are not there.
@@ -331,6 +331,8 @@ def refuse_without_effect(
         UsageError: It names the first one, what makes it idle, and what would not.
     """
     for name in typed:
+        if value_of(configs[0], name) is None:
+            continue
         if without_data and OPTIONS[name].stands_for_data and configs[0].data.name in IMAGE_FILES:
             continue
         found = [unmet(name, config) for config in configs]

@@ -302,8 +302,12 @@ def test_an_option_is_read_or_refused(cells, read, cell):
         effective -= IN_TROUBLE
     assert effective - read[cell] - NAMES == set()
     for name in OPTIONS.keys() - effective - IN_TROUBLE:
+        given = config
+        if value_of(config, name) is None:
+            options_module.refuse_without_effect([name], [config], "train")  # it sets nothing
+            given = change(config, **{name.replace(".", "__"): OTHERS[name]})
         with pytest.raises(UsageError) as refused:
-            options_module.refuse_without_effect([name], [config], "train")
+            options_module.refuse_without_effect([name], [given], "train")
         assert "\n" not in str(refused.value)
         assert str(refused.value).startswith(f"train: --{name.replace('_', '-')} has no effect")
 
@@ -412,6 +416,9 @@ def test_a_set_option_that_cannot_have_an_effect_is_refused(capsys, args, words)
         "train {} --arm decoupled --loss.dkd-beta 3",
         "train {} --data.crop-padding 0 --data.no-flip --data.root x --method ce",
         "train {} --method kd --arm same_total",
+        # what the recipe sets has to be taken back
+        "train imagenet.efficientnet_lite0_shufflenetv2 --data.name cifar100 --data.mean None "
+        "--data.std None",
         "train quickstart --teacher.epochs 3 --teacher.lr 1 --teacher.global-batch 8",
         "train imagenet.resnet34_resnet18 --data.image-size 160 --data.workers 3",
         "plan quickstart --data.name folder --data.num-classes 10",
