@@ -109,6 +109,22 @@ def chance_warning(top1: float, counts: Sequence[int], *, deviations: float = 3.
     )
 
 
+def relation_warning(terms: Sequence[str], part: int, batch: int) -> str | None:
+    """One line if loss terms relate the images of a part with each other, and not all of a batch.
+
+    Args:
+        terms: Their weights, by the names of the options.
+        part: Images of a part.
+        batch: Images of a step, of all parts and processes.
+    """
+    if not terms or part >= batch:
+        return None
+    return (
+        f"loss terms compare the {part} images of a part with each other, not the {batch} of a "
+        f"step ({', '.join(terms)}): another loss than of whole batches (accumulate, processes)"
+    )
+
+
 def teacher_warning(top1: float, expected_top1: float | None, tolerance: float = 2.0) -> str | None:
     """One line if the teacher is more than `tolerance` points under what its recipe counts on."""
     if expected_top1 is None or top1 >= expected_top1 - tolerance:

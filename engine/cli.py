@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import errno
 import importlib
 import io
@@ -22,9 +21,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig, from_dict
-from .errors import DfptkdError, Stopped, StorageError, UsageError
+from .errors import DataError, DfptkdError, Stopped, StorageError, UsageError
 from .files import read_json
 from .log import complain
+from .options import (
+    OF_TEACHER_RUN,
+    OPTIONS,
+    as_typed,
+    differing,
+    refuse_idle_arm,
+    refuse_without_effect,
+    value_of,
+)
+from .suggestions import option_suggestion, suggestion
+
+# What the system says of a disk, and of a path that somebody has named.
+_OF_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
+_OF_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 VERBS = {
     "train": "train a student: dfptkd train RECIPE [--method M] [--data.root DIR] [options]",
@@ -60,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
+        if error.errno not in (*_OF_DISK, *_OF_PATH):
             raise
         complain(f"{error.filename}: {error.strerror}")
-        return StorageError.exit_code
+        return (StorageError if error.errno in _OF_DISK else DataError).exit_code
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -192,62 +205,139 @@ def parse_run(verb: str, args: list[str], own: Sequence[str] = ()) -> RunConfig 
         config = config if method is None else _with_method(config, method)
     else:
         config = _make_recipe(typing.cast(str, recipe), method)
-    config = _with_arm(config, arm)
-    if verb == "train-teacher" and config.role != "teacher":
-        from .teacher import teacher_run
-
-        config = teacher_run(config)
+    prog = f"dfptkd {verb} {recipe or '--config ' + file}"  # type: ignore[operator]
+    trains_teacher = verb == "train-teacher"
+    if trains_teacher and method not in (None, "ce"):
+        raise UsageError(
+            f"train-teacher: --method {method}: a teacher learns from labels alone: expected none"
+        )
     try:
-        prog = f"dfptkd {verb} {recipe or '--config ' + file}"  # type: ignore[operator]
-        parsed = parse_options(config, args, prog, own)
+        if trains_teacher and config.role != "teacher":
+            return _parse_teacher_run(config, arm, args, prog)
+        before, config = config, _with_arm(config, arm)
+        if arm is not None:
+            refuse_idle_arm(arm, before, config, differing(before, config), verb)
+        config, typed = parse_options(config, args, prog, own)
     except SystemExit:  # help was printed
         return None
-    before, now = config.teacher, parsed.teacher
-    if now.expected_top1 != before.expected_top1 and now.expected_of == before.expected_of:
-        # A figure of the user's own is of whatever the run has.
-        parsed = dataclasses.replace(parsed, teacher=dataclasses.replace(now, expected_of=None))
-    return parsed
+    configs = _compared_in_profile(config) if verb == "profile" else [config]
+    refuse_without_effect(typed, configs, verb, without_data=verb in ("plan", "profile"))
+    if "teacher.expected_top1" in typed:  # a figure of the user's own is of whatever the run has
+        teacher = dataclasses.replace(config.teacher, expected_of=None)
+        config = dataclasses.replace(config, teacher=teacher)
+    return config
+
+
+def _parse_teacher_run(recipe: RunConfig, arm: str | None, args: list[str], prog: str) -> RunConfig:
+    """The run that trains a recipe's teacher. What is said of the teacher is said of the recipe,
+    from which that run is made, and all other options of the run itself.
+
+    Raises:
+        As `parse_run`; SystemExit as `parse_options`.
+    """
+    from .teacher import teacher_run
+
+    before, armed = teacher_run(recipe), _with_arm(recipe, arm)
+    if arm is not None:
+        after, changes = teacher_run(armed), differing(recipe, armed)
+        refuse_idle_arm(arm, before, after, changes, "train-teacher")
+    of_teacher: list[str] = []
+    others: list[str] = []
+    for words in _by_option(_expanded(args)):
+        (of_teacher if dotted(words[0]) in OF_TEACHER_RUN else others).extend(words)
+    armed, typed_of_teacher = parse_options(armed, of_teacher, prog)
+    config, typed = parse_options(teacher_run(armed), others, prog)
+    for name in typed_of_teacher:
+        own = OF_TEACHER_RUN[name]
+        if own in typed and value_of(config, own) != value_of(armed, name):
+            raise UsageError(
+                f"train-teacher: {as_typed(own)} {value_of(config, own)} and {as_typed(name)} "
+                f"{value_of(armed, name)}: expected one of them, as both say it of the teacher's "
+                "run"
+            )
+    refuse_without_effect(typed, [config], "train-teacher")
+    return config
+
+
+def _compared_in_profile(config: RunConfig) -> list[RunConfig]:
+    """The runs that `profile` puts side by side, the one that was asked for first."""
+    from .profile import compared, of_method
+
+    methods = dict.fromkeys((config.method, *compared(config)))
+    return [of_method(config, method) for method in methods]
 
 
 def parse_options(
     config: RunConfig, args: list[str], prog: str, own: Sequence[str] = ()
-) -> RunConfig:
-    """`config` with the options in `args`; every field is one. `own` as in `parse_run`.
+) -> tuple[RunConfig, list[str]]:
+    """`config` with the options in `args`, and which ones these are, by their dotted names; every
+    field is one. `own` as in `parse_run`.
 
     Raises:
         UsageError: Unknown option or value.
         SystemExit: Help was asked for and printed.
     """
-    known = option_types(RunConfig)
-    expanded: list[str] = []
-    for arg in args:
-        name, equals, value = arg.partition("=")
-        if arg.startswith("--") and name not in ("--help",):
-            name = name.replace("_", "-")
-            if name not in known:
-                raise UsageError(f"unknown option {name}{suggestion(name, [*known, *own])}")
-            expanded += [name, *([value] if equals else [])]
-        else:
-            expanded.append(arg)
-    if not expanded:
-        return config
+    listed = _expanded(args, own)
+    if not listed:
+        return config, []
     import tyro
 
-    # `--seeds 0,1,2` as well as `--seeds 0 1 2`
-    listed: list[str] = []
-    option = ""
-    for arg in expanded:
-        option = arg if arg.startswith("--") else option
-        is_list = not arg.startswith("--") and known.get(option, False)
-        listed += [part for part in arg.split(",") if part] if is_list else [arg]
     if "--help" in listed or "-h" in listed:
-        return tyro.cli(RunConfig, default=config, args=listed, prog=prog)
+        return tyro.cli(RunConfig, default=config, args=listed, prog=prog), []
+    typed = list(dict.fromkeys(dotted(arg) for arg in listed if arg.startswith("--")))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(RunConfig, default=config, args=listed, prog=prog)
+            return tyro.cli(RunConfig, default=config, args=listed, prog=prog), typed
     except SystemExit:
         raise UsageError(_one_line(said.getvalue())) from None
+
+
+def _expanded(args: Sequence[str], own: Sequence[str] = ()) -> list[str]:
+    """Options and values as tyro takes them: `--a=b` in two words, `--seeds 0,1,2` in four.
+
+    Raises:
+        UsageError: Unknown option.
+    """
+    known = option_types(RunConfig)
+    listed: list[str] = []
+    option = ""
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if name in ("-h", "--help") or not _OPTION.match(name):
+            values = [arg]
+        else:
+            option = "--" + name.lstrip("-").replace("_", "-")
+            if option not in known:
+                raise UsageError(
+                    f"unknown option {name}{option_suggestion(option, [*known, *own])}"
+                )
+            listed.append(option)
+            values = [value] if equals else []
+        for word in values:
+            listed += [part for part in word.split(",") if part] if known.get(option) else [word]
+    return listed
+
+
+_OPTION = re.compile(r"--|-(?!inf$|nan$)[a-zA-Z]")  # and no negative number
+
+
+def _by_option(listed: Sequence[str]) -> list[list[str]]:
+    """Each option with its values."""
+    found: list[list[str]] = []
+    for word in listed:
+        if word.startswith("--") or not found:
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def dotted(option: str) -> str:
+    """The dotted name of an option as it is typed: `--data.no-flip` is data.flip."""
+    section, dot, name = option.removeprefix("--").replace("-", "_").rpartition(".")
+    if section + dot + name not in OPTIONS:
+        name = name.removeprefix("no_")
+    return section + dot + name
 
 
 def option_types(cls: type, prefix: str = "") -> dict[str, bool]:
@@ -379,15 +469,6 @@ def arms() -> dict[str, Callable[[RunConfig], RunConfig]]:
     return _recipes("arms").ARMS
 
 
-def suggestion(name: str, known: Any) -> str:
-    """What to say after an unknown name."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    if close:
-        return f": did you mean {close[0]}?"
-    some = list(known)
-    return f": expected one of {' '.join(some[:12])}{' ...' if len(some) > 12 else ''}"
-
-
 # The other commands ------------------------------------------------------------------------------
 
 
@@ -395,6 +476,10 @@ class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are a UsageError."""
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (-[^ =]*)", message)
+        if unknown:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            message = f"unknown option {unknown[1]}{option_suggestion(unknown[1], known, {})}"
         raise UsageError(f"{self.prog.removeprefix('dfptkd ')}: {message}")
 
 

@@ -1,14 +1,15 @@
 """Everything a run can be told, as frozen dataclasses; the command line is generated from them.
 
 Defaults that the paper does not give are *our reading* (method reference, sections 2.2 and 3.4);
-their names are in `NOT_KNOWN_FROM_PAPER` and travel with every run record. A value that no run
-could use is refused here, before any data is read.
+options.py says which, and what else there is to know of each option. A value that no run could use
+is refused here, before any data is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from .errors import UsageError
 
 MethodName = Literal["ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus"]
 EmaChoice = Literal["auto", "yes", "no"]
+# Longest name of a file, and longest path, that Linux takes, in bytes.
+NAME_MAX, PATH_MAX = 255, 4095
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -34,6 +37,39 @@ def _check_statistics(
             value is None or (len(value) == 3 and all(low < v <= 1 for v in value)),
             f"{part}.{name}", value, "three numbers, pixels in 0..1",
         )  # fmt: skip
+
+
+def _check_values(config: Any, prefix: str = "") -> None:
+    """What holds for every option, whatever it is for: numbers are finite, and texts could be the
+    path of a file, which most of them are."""
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, float):
+                _require(
+                    math.isfinite(part), prefix + field_.name, value,
+                    "a finite number" if part is value else "finite numbers",
+                )  # fmt: skip
+            elif isinstance(part, str):
+                fault = _fault_of_text(part)
+                if fault is not None:
+                    raise UsageError(f"{prefix}{field_.name}={_short(part)}: {fault}")
+
+
+def _fault_of_text(text: str) -> str | None:
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        return "holds a character that no file name can have"
+    if b"\0" in encoded:
+        return "holds a NUL character, which no file name can have"
+    if len(encoded) > PATH_MAX or any(len(part) > NAME_MAX for part in encoded.split(b"/")):
+        return f"too long: expected at most {NAME_MAX} bytes a name and {PATH_MAX} in all"
+    return None
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
 
 
 @dataclass(frozen=True)
@@ -96,6 +132,7 @@ class DataConfig:
     in common share each batch and the frozen teacher's work on it."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "data.")
         for name in ("limit", "train_limit"):
             value = getattr(self, name)
             _require(
@@ -164,6 +201,7 @@ class PromptConfig:
     """BatchNorm of the prompt path's backbone: auto = eval when frozen, train when fine-tuned."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "prompt.")
         _require(self.r1 >= 1, "prompt.r1", self.r1, "an integer of at least 1")
         _require(0 < self.r2 <= 1, "prompt.r2", self.r2, "a share in (0, 1]")
         _require(
@@ -222,6 +260,7 @@ class TeacherConfig:
     """Train the teacher first where there is none, in place of an error (the quick start)."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "teacher.")
         _require(self.epochs >= 1, "teacher.epochs", self.epochs, "an integer of at least 1")
         _require(self.lr > 0, "teacher.lr", self.lr, "a learning rate above 0")
         _require(self.global_batch >= 1, "teacher.global_batch", self.global_batch, "at least 1")
@@ -296,9 +335,10 @@ class LossConfig:
     warmup_epochs: float = 0.0
     """Distillation terms grow linearly, step by step, from 0 over this many epochs."""
     update: Literal["simultaneous", "alternating"] = "simultaneous"
-    """alternating: even steps move the student, odd steps the prompt path."""
+    """dfpt, dfpt_plus: alternating: even steps move the student, odd steps the prompt path."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "loss.")
         _require(self.tau > 0, "loss.tau", self.tau, "a temperature above 0")
         _require(
             0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "in [0, 1)"
@@ -306,7 +346,7 @@ class LossConfig:
         _require(self.warmup_epochs >= 0, "loss.warmup_epochs", self.warmup_epochs, "0 or more")
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, (int, float)):  # bools are 0 or 1 and pass
-                _require(0 <= value < math.inf, f"loss.{name}", value, "0 or more, and finite")
+                _require(value >= 0, f"loss.{name}", value, "0 or more")
         _require(self.crd_negatives >= 1, "loss.crd_negatives", self.crd_negatives, "at least 1")
         _require(
             not self.mixture_control or self.prompt_teacher + self.prompt_student > 0,
@@ -328,7 +368,13 @@ class LossConfig:
     def of_any_method(self) -> LossConfig:
         """Without what DFPT-KD alone has."""
         return dataclasses.replace(
-            self, mixture_control=False, decoupled=False, rkd_distance=0.0, rkd_angle=0.0, crd=0.0
+            self,
+            mixture_control=False,
+            decoupled=False,
+            rkd_distance=0.0,
+            rkd_angle=0.0,
+            crd=0.0,
+            update="simultaneous",
         )
 
 
@@ -381,6 +427,7 @@ class OptimConfig:
     written to student_ema.safetensors."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "optim.")
         _require(self.lr > 0, "optim.lr", self.lr, "a learning rate above 0")
         _require(
             self.lr_batch is None or self.lr_batch >= 1,
@@ -441,6 +488,7 @@ class StepConfig:
     """Seconds that a process waits for another in one exchange."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "step.")
         for name in ("max_skips", "max_skips_in_a_row", "max_rewinds"):
             _require(getattr(self, name) >= 0, f"step.{name}", getattr(self, name), "0 or more")
         _require(self.timeout > 0, "step.timeout", self.timeout, "seconds above 0")
@@ -471,7 +519,8 @@ class RunConfig:
     global_batch: int = 64
     """Images in an optimisation step, whatever the number of devices and of accumulated parts."""
     accumulate: int = 1
-    """Parts that a batch is cut into to save memory."""
+    """Parts that a batch is cut into to save memory. BatchNorms, RKD's terms and DIST's columns see
+    the images of one part."""
     eval_batch: int = 256
     """Images in an evaluation step."""
     eval_every: int = 1
@@ -516,6 +565,7 @@ class RunConfig:
     step: StepConfig = field(default_factory=StepConfig)
 
     def __post_init__(self) -> None:
+        _check_values(self)
         for name in (
             "epochs", "global_batch", "accumulate", "eval_batch", "eval_every", "checkpoint_every",
             "keep_checkpoints",
@@ -554,6 +604,12 @@ class RunConfig:
                 "method 'dfpt' or 'dfpt_plus', with prompt modules",
             )  # fmt: skip
         if self.loss.update == "alternating":
+            # A student alone would rest in every other step, and do half of its training.
+            _require(
+                self.has_prompt_path,
+                "loss.update='alternating' with method", self.method,
+                "method 'dfpt' or 'dfpt_plus', with prompt modules",
+            )  # fmt: skip
             # Its kernel takes no group without gradients, and every other step rests one.
             _require(
                 self.optim.name != "apex-lamb",
@@ -575,19 +631,6 @@ class RunConfig:
     def has_prompt_path(self) -> bool:
         """Whether the run trains prompt blocks."""
         return self.method in ("dfpt", "dfpt_plus") and not self.loss.mixture_control
-
-
-# Fields whose value the paper's summary leaves open: each run record lists those it used (M20).
-NOT_KNOWN_FROM_PAPER = (
-    "loss.tau", "loss.student_ce", "loss.student_teacher", "loss.student_prompt", "loss.prompt_ce",
-    "loss.prompt_teacher", "loss.prompt_student", "loss.reverse_kl", "loss.warmup_epochs",
-    "loss.update",
-    "prompt.r1", "prompt.r2", "prompt.kernels", "prompt.arrangement", "prompt.min_width",
-    "prompt.prompt_norm", "prompt.prompt_act", "prompt.fusion_norm", "prompt.fusion_act",
-    "prompt.fusion_groups", "prompt.init", "prompt.insert_stages", "prompt.bn_mode",
-    "optim.prompt_lr_scale", "optim.backbone_lr_scale", "epochs", "global_batch", "optim.lr",
-    "optim.schedule", "optim.milestones",
-)  # fmt: skip
 
 
 # Studies ------------------------------------------------------------------------------------------
@@ -670,6 +713,18 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
                 f"unknown configuration key {where + key!r}: expected one of {sorted(known)}"
             )
     return cls(**{k: _coerce(hints[k], v, where + k) for k, v in values.items()})
+
+
+def known_keys(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """JSON data without the keys that `cls` has not: options of another version."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            continue
+        is_section = dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
+        found[key] = known_keys(hints[key], value) if is_section else value
+    return found
 
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:

@@ -1,7 +1,7 @@
 """Runs that differ in nothing but their seed, as one group with a mean and a spread.
 
 Within a recipe, a group is told apart by its method and by the options in which runs of the recipe
-differ. An option counts only for the methods that read it.
+differ. An option counts only where it has an effect (options.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .config import to_dict
+from .data.crops import crops_of_record
 from .identity import DATA_FACTS, SHORT, DataRecord, extensions_of
+from .options import counts
 from .records import RunRecord
 
 METHOD_ORDER = ("ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus")
@@ -28,34 +31,8 @@ METHOD_NAMES = {
 }
 MIN_RUNS = 3  # fewer independent runs do not carry a mean ± std
 
-# Where a run lives and how it is kept, not what it computes.
-_HOUSEKEEPING = frozenset(
-    ("recipe", "method", "seed", "seeds", "out", "out_root", "resume", "device", "kernels",
-     "eval_batch", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
-     "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.timeout",
-     "data.keep_test", "data.quarantine", "data.max_quarantined", "step.timeout",
-     "teacher.weights", "teacher.ema", "teacher.remember", "teacher.expected_top1",
-     "teacher.expected_of", "teacher.train_if_missing", "teacher.epochs", "teacher.lr",
-     "teacher.global_batch")
-)  # fmt: skip
 # What a run's data are, as it found them: they stand in the place of what was asked for.
 _FACTS = frozenset(f"data.{name}" for name in DATA_FACTS)
-# Options that some methods alone read; the first prefix that fits decides.
-_DFPT = ("dfpt", "dfpt_plus")
-_READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss.kd_", ("kd",)),
-    ("loss.dkd_ce", ("dkd",)),
-    ("loss.dkd_", ("dkd", *_DFPT)),  # loss.decoupled
-    ("loss.dist_", ("dist",)),
-    ("loss.tau", ("kd", "dkd", "dist", *_DFPT)),
-    ("loss.warmup_epochs", ("kd", "dkd", "dist", *_DFPT)),
-    ("loss.label_smoothing", METHOD_ORDER),
-    ("loss.", _DFPT),
-    ("prompt.", _DFPT),
-    ("optim.prompt_lr_scale", _DFPT),
-    ("optim.backbone_lr_scale", ("dfpt_plus",)),
-    ("teacher.", ("kd", "dkd", "dist", *_DFPT)),
-)
 
 
 @dataclass(frozen=True)
@@ -181,16 +158,6 @@ def compare_methods(groups: Sequence[Group]) -> list[Comparison]:
     return sorted(comparisons, key=lambda c: c.better.recipe)
 
 
-def reads(method: str, option: str) -> bool:
-    """Whether a method's result depends on an option."""
-    if option in _HOUSEKEEPING:
-        return False
-    for prefix, readers in _READERS:
-        if option.startswith(prefix):
-            return method in readers
-    return True
-
-
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested configuration as {"loss.tau": 4.0, ...}."""
     flat = {}
@@ -202,16 +169,27 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def reads(run: RunRecord, option: str) -> bool:
+    """Whether a run's result depends on an option."""
+    return counts("teacher.name" if option == "teacher.sha256" else option, run.config)
+
+
 def options_read(run: RunRecord) -> dict[str, Any]:
     """The flat options that a run's result depends on; the teacher by its checksum, the data by
     what they are, and how the run was made longer than planned."""
-    options = {k: v for k, v in flatten(run.run["config"]).items() if reads(run.method, k)}
+    values = flatten(run.run["config"])
+    if run.config is not None:
+        values |= flatten(to_dict(run.config))
+    data = run.run.get("data") or {}
+    rule = (data.get("preprocessing") or {}).get("crops")
+    values["data.crops"] = rule or crops_of_record(run.run["config"].get("data") or {})
+    options = {k: v for k, v in values.items() if reads(run, k)}
     # The file name of the teacher's weights says little, their checksum everything.
     sha256 = (run.run.get("teacher") or {}).get("sha256")
-    if sha256 and reads(run.method, "teacher.sha256"):
+    if sha256 and reads(run, "teacher.sha256"):
         options["teacher.sha256"] = sha256[:SHORT]
-    data = DataRecord.from_record(run.run.get("data"))
-    options |= {f"data.{name}": value for name, value in data.facts().items()}
+    facts = DataRecord.from_record(data).facts()
+    options |= {f"data.{name}": value for name, value in facts.items()}
     options["extended"] = extensions_of(run.run) or "no"
     return options
 
@@ -222,7 +200,7 @@ def _groups_of(recipe: str, runs: list[RunRecord]) -> list[Group]:
     differing = sorted(name for name in names if len(_values(name, options, runs)) > 1)
     grouped: dict[tuple[str, str], Group] = {}
     for run, values in zip(runs, options, strict=True):
-        own = {name: values.get(name) for name in differing if reads(run.method, name)}
+        own = {name: values.get(name) for name in differing if reads(run, name)}
         group = grouped.setdefault((run.method, repr(own)), Group(recipe, run.method, own, []))
         group.runs.append(run)
     for group in grouped.values():
@@ -233,7 +211,7 @@ def _groups_of(recipe: str, runs: list[RunRecord]) -> list[Group]:
 def _values(name: str, options: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> set[str]:
     """The values of an option in those runs whose method reads it."""
     pairs = zip(options, runs, strict=True)
-    values = {repr(o.get(name)) for o, run in pairs if reads(run.method, name)}
+    values = {repr(o.get(name)) for o, run in pairs if reads(run, name)}
     # A run of an older version may lack an option: that is a difference too. What it does not say
     # of its data is unknown, and tells it apart only where the others differ.
     return values - {"None"} if name in _FACTS else values
@@ -244,8 +222,8 @@ def _method_rank(method: str) -> int:
 
 
 def _comparable(a: Group, b: Group) -> bool:
-    shared = {name for name in {*a.options, *b.options} if reads(a.method, name)}
-    shared = {name for name in shared if reads(b.method, name)}
+    shared = {name for name in {*a.options, *b.options} if reads(a.runs[0], name)}
+    shared = {name for name in shared if reads(b.runs[0], name)}
     same_options = all(a.options.get(name) == b.options.get(name) for name in shared)
     return a.recipe == b.recipe and same_options
 

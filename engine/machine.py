@@ -9,7 +9,11 @@ from .data import ImageData
 from .distributed import SINGLE, World
 from .errors import UsageError
 from .kernel_choice import check_kernels
+from .options import related_terms
 from .step import choose_mode
+
+# With two, every distance is the mean one, and every correlation is 1 or -1: no gradient is left.
+LEAST_RELATED = 3
 
 
 def check_machine(config: RunConfig, world: World) -> torch.device:
@@ -27,7 +31,36 @@ def check_machine(config: RunConfig, world: World) -> torch.device:
             f"global_batch={config.global_batch} over {world.size} processes and accumulate="
             f"{config.accumulate}: expected a multiple of {parts}"
         )
+    check_related(config, config.global_batch, world)
     return device
+
+
+def check_related(config: RunConfig, images: int, world: World) -> None:
+    """Refuse to cut batches into parts in which terms that relate images are constant.
+
+    Args:
+        config: The run.
+        images: Of a batch, of all processes together.
+        world: The processes that share it.
+
+    Raises:
+        UsageError: It names the terms and the size of a part.
+    """
+    terms = related_terms(config)
+    _, last = part_sizes(config, images, world)
+    if terms and last < LEAST_RELATED:
+        raise UsageError(
+            f"accumulate={config.accumulate} with {world.size} processes: parts of {last} images, "
+            f"and loss terms compare the images of a part ({', '.join(terms)}): expected at least "
+            f"{LEAST_RELATED} (a smaller --accumulate, or a larger --global-batch)"
+        )
+
+
+def part_sizes(config: RunConfig, images: int, world: World) -> tuple[int, int]:
+    """Images of the parts of a batch in one process, and of the last one, which may be smaller."""
+    share = images // world.size
+    part = max(-(-share // config.accumulate), 1)
+    return part, share % part or part
 
 
 def check_sizes(config: RunConfig, data: ImageData, world: World) -> None:
@@ -45,6 +78,7 @@ def check_sizes(config: RunConfig, data: ImageData, world: World) -> None:
         )
     if num_test < world.size:
         raise UsageError(f"{num_test} test images: expected at most {num_test} processes")
+    check_related(config, min(config.global_batch, num_train), world)
 
 
 def pick_device(config: RunConfig, world: World = SINGLE) -> torch.device:

@@ -25,9 +25,10 @@ from torch import Tensor
 from .config import RunConfig
 from .data import SOURCES, steps_per_epoch
 from .data.facts import DataFacts, data_facts
+from .distributed import SINGLE
 from .errors import StorageError
 from .log import clock, hardware
-from .machine import pick_device
+from .machine import check_related, pick_device
 from .memory import available_bytes
 from .probe import Built, Failed, Probe, build, run_probe
 from .run_memory import Memory, MemoryModel, traced_twin
@@ -211,12 +212,13 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     """Count, trace and, where asked to, time a run.
 
     Raises:
-        UsageError: The device or the execution mode does not apply.
+        UsageError: The device, the execution mode or the size of the parts does not apply.
         DataError: The number of images is not known.
     """
     device = pick_device(config)
     mode, _ = choose_mode(config, device)
     facts = data_facts(config.data)
+    check_related(config, min(config.global_batch, facts.train_images), SINGLE)
     twin = stand_in(config, facts)
     built = build(traced_twin(twin), device)
     per_epoch = steps_per_epoch(facts.train_images, config.global_batch)

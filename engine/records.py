@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from .alarms import (
     saturation_warning,
     teacher_warning,
 )
-from .errors import DataError, Stopped
+from .config import RunConfig, from_dict, known_keys
+from .errors import DataError, Stopped, UsageError
 from .files import first_line
 
 RUN_FORMAT = "dfptkd.run/1"
@@ -151,6 +153,17 @@ class RunRecord:
     @property
     def seed(self) -> int:
         return self.run["config"]["seed"]
+
+    @cached_property
+    def config(self) -> RunConfig | None:
+        """The configuration; None where this version refuses a value of it.
+
+        An option that is younger than the run has its default: what that does was done before.
+        """
+        try:
+            return from_dict(RunConfig, known_keys(RunConfig, self.run["config"]))
+        except UsageError:
+            return None
 
     @property
     def finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,22 +24,10 @@ from .files import read_json
 from .identity import SHORT, STUDENT_FILE, WEIGHTS_FILE, DataRecord, fingerprint
 from .lock import RunLock
 from .models import create_model
+from .options import MAY_CHANGE, related_terms
 from .teacher import names_file
 
 EXTEND = "extend"
-
-# What may differ between a checkpoint and the run that goes on from it.
-MAY_CHANGE = {
-    "max_steps", "accumulate", "eval_batch", "eval_every", "device", "out", "out_root",
-    "resume", "seeds", "data.crops", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes",
-    "keep_checkpoints", "on_storage_error", "data.root", "data.workers", "data.loader",
-    "data.quarantine", "data.max_quarantined", "data.skip_quarantined", "data.keep_test",
-    "data.timeout", "teacher.weights", "teacher.ema", "teacher.expected_top1",
-    "teacher.expected_of",
-    "teacher.train_if_missing", "teacher.remember", "teacher.epochs", "teacher.lr",
-    "teacher.global_batch", "step.mode", "step.joint_paths", "kernels", "step.max_skips",
-    "step.max_skips_in_a_row", "step.max_rewinds", "step.timeout",
-}  # fmt: skip
 
 
 def start_of_main(
@@ -76,6 +65,7 @@ def start_of_main(
         if checkpoint is None:
             return None
         check_same_run(config, checkpoint)
+        check_same_parts(config, checkpoint, world)
         found.append(checkpoint)
         return {"path": str(checkpoint.path), "state": checkpoint.state, "finished": finished}
 
@@ -164,6 +154,20 @@ def extensions(checkpoint: Checkpoint | None, config: RunConfig) -> list[dict[st
     if before != config.epochs:
         found.append({"before": before, "after": config.epochs, "step": checkpoint.step})
     return found
+
+
+def check_same_parts(config: RunConfig, checkpoint: Checkpoint, world: World) -> None:
+    """Refuse to cut batches otherwise than before, where loss terms relate the images of a part."""
+    state, terms = checkpoint.state, related_terms(config)
+    # Absent in a checkpoint of a version that knew neither: one part.
+    then = (state["config"].get("accumulate", 1), state.get("world_size", 1))
+    now = (config.accumulate, world.size)
+    if terms and math.prod(then) != math.prod(now):
+        raise DataError(
+            f"{checkpoint.path}: made with accumulate={then[0]} in {then[1]} processes, this run "
+            f"has {now[0]} in {now[1]}, and loss terms compare the images of a part "
+            f"({', '.join(terms)}): expected as many parts, or another --out"
+        )
 
 
 def differences(

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from .config import NOT_KNOWN_FROM_PAPER, RunConfig, to_dict
+from .config import RunConfig, to_dict
 from .data import ImageData
 from .distributed import SINGLE, World
 from .identity import DataRecord
 from .log import commit, hardware, versions
 from .models.cost import TeacherCost, count_macs, count_params, training_macs
+from .options import NOT_KNOWN_FROM_PAPER, unmet
 from .records import RUN_FORMAT
 from .resume import flat
 
@@ -56,7 +57,9 @@ def run_record(
         "teacher": teacher,
         "cost": costs,
         "not_known_from_paper": {
-            name: settings[name] for name in NOT_KNOWN_FROM_PAPER if config.has_prompt_path
+            name: settings[name]
+            for name in NOT_KNOWN_FROM_PAPER
+            if config.has_prompt_path and unmet(name, config) is None
         },
         "warnings": [],
     }

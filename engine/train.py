@@ -25,6 +25,7 @@ from .alarms import (
     fusion_warning,
     loss_spike,
     overhead_warning,
+    relation_warning,
     saturates_early,
     saturation_warning,
     teacher_warning,
@@ -49,7 +50,7 @@ from .identity import (
 )
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
-from .machine import check_machine, check_sizes, prepare_torch
+from .machine import check_machine, check_sizes, part_sizes, prepare_torch
 from .memory import available_bytes
 from .methods import Method, build_method
 from .metrics import Evaluator
@@ -58,6 +59,7 @@ from .models.cost import teacher_cost
 from .models.input_norm import InputNorm, InputNorms, given_norm, stated_norm
 from .models.weights import EMA_METADATA, ema_beside
 from .optim import learning_rates
+from .options import related_terms
 from .preemption import StopRequest, stop_on_signal
 from .resume import (
     check_finished,
@@ -652,6 +654,9 @@ class Trainer:
             ("teacher_at_chance", chance_warning(top1, self.data.test.labels.bincount().tolist())),
             ("teacher_below_expectation", teacher_warning(top1, expected)),
         ]
+        batch = min(config.global_batch, len(self.data.train))
+        part, _ = part_sizes(config, batch, self.world)
+        found.append(("cut_batches", relation_warning(related_terms(config), part, batch)))
         if config.has_prompt_path:
             params = overhead_warning(cost["added_params"], cost["teacher_params"], "parameters")
             macs = overhead_warning(cost["added_macs"], cost["teacher_macs"], "MACs")

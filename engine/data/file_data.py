@@ -89,6 +89,11 @@ def load_files(config: DataConfig, device: torch.device) -> ImageData:
     splits = {"train": make.train(train, listed), "test": make.test(test)}
     if loader == "device" and not rule.is_fixed:
         rule_in_words += "; each epoch cuts the training images anew, the others stay on the device"
+    if config.crop_padding is not None and rule.kind != "small":
+        notes.append(
+            f"data.crop_padding={config.crop_padding} is not used: images that are cut as "
+            f"{rule.kind} are not shifted"
+        )
     splits["train"].listed = listed if listed.any() else None
     contents = [look.content for look in looks]
     if loader == "synthetic":  # the labels are real, the images are made up

@@ -14,11 +14,14 @@ from dfptkd.engine.cli import main, option_types, parse_run, recipe_names
 from dfptkd.engine.config import RunConfig
 
 PAIR = "cifar100.wrn_40_2_shufflenetv1"
-TINY = (
+STUDENT = (
     "--data.name synthetic --data.image-size 16 --data.num-classes 4 --data.limit 24 "
-    "--student cifar:resnet8_s2 --teacher.name cifar:resnet8_s2 --teacher.epochs 1 "
-    "--global-batch 8 --teacher.global-batch 8 --epochs 1 --device cpu"
+    "--student cifar:resnet8_s2 --global-batch 8 --epochs 1 --device cpu"
 ).split()
+OWN_TEACHER = (
+    "--teacher.name cifar:resnet8_s2 --teacher.epochs 1 --teacher.global-batch 8"
+).split()
+TINY = [*STUDENT, *OWN_TEACHER]
 
 
 def refused(args: str, capsys) -> tuple[int, str]:
@@ -84,7 +87,8 @@ def test_a_teacher_of_another_class_count_is_refused(capsys, tmp_path, monkeypat
     assert main(["train-teacher", "quickstart", *TINY]) == 0
     weights = "runs/teacher-synthetic-cifar-resnet8_s2-seed0/teacher.safetensors"
     capsys.readouterr()
-    args = [*TINY, "--data.num-classes", "5", "--teacher.weights", weights]
+    args = [*STUDENT, "--data.num-classes", "5", "--teacher.weights", weights]
+    args += ["--teacher.name", "cifar:resnet8_s2"]
     assert main(["train", "quickstart", *args]) == 3
     line = capsys.readouterr().err
     assert "4 classes, expected 5" in line
@@ -112,7 +116,7 @@ def test_a_run_its_repetition_evaluation_export_and_report(capsys, tmp_path, mon
 
 def test_interrupting_saves_and_leaves_with_75(tmp_path):
     command = [sys.executable, "-m", "dfptkd.engine.cli", "train", "quickstart", "--method", "ce"]
-    options = [*TINY, "--epochs", "5000", "--out-root", str(tmp_path), "--eval-every", "1000"]
+    options = [*STUDENT, "--epochs", "5000", "--out-root", str(tmp_path), "--eval-every", "1000"]
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -151,11 +155,9 @@ def test_the_list_of_options_is_frozen():
 def test_every_option_reaches_the_configuration():
     config = parse_run(
         "train",
-        f"{PAIR} --method dkd --seeds 1,2 --prompt.kernels=1,3,5 --prompt.insert_stages 2,3 "
+        f"{PAIR} --seeds 1,2 --prompt.kernels=1,3,5 --prompt.insert_stages 2,3 "
         "--data.no-flip --deterministic --teacher.stages layer1,layer2 --max-steps 8".split(),
     )
-    assert config.method == "dkd"
-    assert config.loss.warmup_epochs == 20  # DKD's own, from the recipe
     assert config.seeds == (1, 2)
     assert config.prompt.kernels == (1, 3, 5)
     assert config.prompt.insert_stages == (2, 3)
@@ -163,6 +165,9 @@ def test_every_option_reaches_the_configuration():
     assert config.deterministic
     assert config.teacher.stages == ("layer1", "layer2")
     assert config.max_steps == 8
+    rival = parse_run("train", [PAIR, "--method", "dkd", "--loss.dkd-beta", "3"])
+    assert (rival.method, rival.loss.dkd_beta) == ("dkd", 3)
+    assert rival.loss.warmup_epochs == 20  # DKD's own, from the recipe
 
 
 def test_an_arm_changes_the_recipe_and_its_folder():

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from dfptkd.engine import config as module
 from dfptkd.engine.config import (
-    NOT_KNOWN_FROM_PAPER,
     DataConfig,
     LossConfig,
     OptimConfig,
@@ -24,6 +23,7 @@ from dfptkd.engine.config import (
     to_dict,
 )
 from dfptkd.engine.errors import UsageError
+from dfptkd.engine.options import NOT_KNOWN_FROM_PAPER
 from dfptkd.engine.teacher import teacher_run
 
 CLASSES = (DataConfig, PromptConfig, TeacherConfig, LossConfig, OptimConfig, StepConfig, RunConfig)
@@ -184,6 +184,15 @@ def test_M20_fields_that_contradict_each_other_are_refused():
         if name != "decoupled":
             with pytest.raises(UsageError, match=r"step\.joint_paths.*no loss\.rkd_distance"):
                 RunConfig(loss=loss, step=StepConfig(joint_paths=True))
+    alternating = LossConfig(update="alternating")
+    for other in (
+        {"method": "kd"},
+        {"loss": LossConfig(update="alternating", mixture_control=True)},
+    ):
+        with pytest.raises(UsageError, match=r"loss\.update='alternating' with method.*'dfpt'"):
+            RunConfig(**{"loss": alternating, **other})
+    # a teacher alone would rest in every other step
+    assert teacher_run(RunConfig(loss=alternating)).loss.update == "simultaneous"
     joint = StepConfig(joint_paths=True)
     for method in ("kd", "dfpt_plus"):
         with pytest.raises(UsageError, match=r"step\.joint_paths.*'dfpt'"):
@@ -232,6 +241,7 @@ def test_M20_names_not_known_from_the_paper_exist():
 
 
 weights = st.floats(0, 1e3, allow_nan=False)
+names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60)
 configs = st.builds(
     RunConfig,
     method=st.sampled_from(["ce", "kd", "dkd", "dist", "dfpt", "dfpt_plus"]),
@@ -240,11 +250,11 @@ configs = st.builds(
     epochs=st.integers(1, 1000),
     max_steps=st.none() | st.integers(1, 10**6),
     device=st.none() | st.sampled_from(["cpu", "cuda"]),
-    out=st.none() | st.text(),
+    out=st.none() | names,
     data=st.builds(
-        DataConfig, limit=st.none() | st.integers(1, 10**6), flip=st.booleans(), root=st.text()
+        DataConfig, limit=st.none() | st.integers(1, 10**6), flip=st.booleans(), root=names
     ),
-    teacher=st.builds(TeacherConfig, stages=st.none() | st.lists(st.text(), max_size=3).map(tuple)),
+    teacher=st.builds(TeacherConfig, stages=st.none() | st.lists(names, max_size=3).map(tuple)),
     prompt=st.builds(
         PromptConfig,
         r2=st.floats(0, 1, exclude_min=True),

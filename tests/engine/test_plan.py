@@ -37,11 +37,11 @@ SMALL = RunConfig(
     device="cpu",
     data=DataConfig(name="synthetic", image_size=32, num_classes=10, limit=64),
 )
-TINY = (
+OF_STUDENT = (
     "--data.name synthetic --data.image-size 16 --data.num-classes 4 --data.limit 24 "
-    "--student cifar:resnet8_s2 --teacher.name cifar:resnet8_s2 --teacher.weights x "
-    "--global-batch 8 --epochs 3 --device cpu"
+    "--student cifar:resnet8_s2 --global-batch 8 --epochs 3 --device cpu"
 ).split()
+TINY = [*OF_STUDENT, "--teacher.name", "cifar:resnet8_s2", "--teacher.weights", "x"]
 
 
 @functools.cache
@@ -232,7 +232,7 @@ def test_largest_batch_is_the_last_that_fits(accumulate):
 
 def test_disk_is_what_a_run_leaves(tmp_path, capsys):
     """`--max-steps` of a tiny run writes checkpoints of the foretold size."""
-    args = [*TINY, "--method", "ce", "--optim.ema-decay", "0.9", "--out-root", str(tmp_path)]
+    args = [*OF_STUDENT, "--method", "ce", "--optim.ema-decay", "0.9", "--out-root", str(tmp_path)]
     plan = make_plan(parse_run("plan", ["quickstart", *args]))
     assert main(["train", "quickstart", *args]) == 0
     run = tmp_path / "quickstart-ce-seed0"

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dfptkd.engine.config import RunConfig
 from dfptkd.engine.errors import DataError, StorageError
 from dfptkd.engine.groups import compare_methods, summarise
+from dfptkd.engine.options import value_of
 from dfptkd.engine.records import failure_signatures, find_runs, read_run
 from dfptkd.engine.report import print_table, report, write_html
 
@@ -189,6 +191,40 @@ def test_groups_differ_by_options_that_their_method_reads_but_not_by_seed_or_fol
         "DFPT-KD, loss.prompt_student=1": 2,
         "DFPT-KD, loss.prompt_student=0": 1,
     }
+
+
+def test_how_a_run_is_kept_tells_no_groups_apart(tmp_path):
+    make_run(tmp_path, "kd", 0, config={"checkpoint_steps": 5})
+    make_run(tmp_path, "kd", 1, config={"checkpoint_minutes": 3.0})
+    waits = make_run(tmp_path, "kd", 2)
+    run = json.loads((waits / "run.json").read_text())
+    # as recorded by a version that has the option; before, its default held
+    run["config"] |= {"data": {"timeout": 60.0}, "optim": {"milestones": [0.625, 0.75, 0.875]}}
+    edit(waits / "run.json", config=run["config"])
+    (group,) = groups_in(tmp_path)
+    assert (group.n, group.options) == (3, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "counts"),
+    [
+        ("kd", "loss.reverse_kl", True),
+        ("dkd", "loss.reverse_kl", False),
+        ("dfpt", "loss.crd_negatives", False),  # loss.crd is off
+        ("ce", "optim.nesterov", True),
+        ("ce", "teacher.fold_bn", False),
+    ],
+)
+def test_an_option_counts_where_it_has_an_effect(tmp_path, method, option, counts):
+    TERMS.setdefault(method, ("ce",))
+    value = 5 if option == "loss.crd_negatives" else not value_of(RunConfig(), option)
+    make_run(tmp_path, method, 0)
+    other = make_run(tmp_path, method, 1)
+    run = json.loads((other / "run.json").read_text())
+    section, name = option.split(".")
+    run["config"].setdefault(section, {})[name] = value
+    edit(other / "run.json", config=run["config"])
+    assert len(groups_in(tmp_path)) == (2 if counts else 1)
 
 
 def test_another_teacher_is_another_group(tmp_path):

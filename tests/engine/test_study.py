@@ -269,11 +269,11 @@ def test_an_option_younger_than_the_record_has_its_default(results):
     """Its default is what the code did before."""
     kept = read_archive(results / "runs/tiny_study-cpu.zip")["tiny-ce-seed0"]
     older = json.loads(kept.run)
-    del older["config"]["loss"]["update"]
+    del older["config"]["loss"]["reverse_kl"]
     config = replace(STUDY.config(STUDY.cells[0], configured(results)), seed=0)
     replace(kept, run=json.dumps(older)).check(config, "x")
-    changed = replace(config, loss=replace(config.loss, update="alternating"))
-    with pytest.raises(DataError, match=r"x: holds another run \(loss.update: simultaneous there"):
+    changed = replace(config, loss=replace(config.loss, reverse_kl=True))
+    with pytest.raises(DataError, match=r"x: holds another run \(loss.reverse_kl: False there"):
         replace(kept, run=json.dumps(older)).check(changed, "x")
 
 
