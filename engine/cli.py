@@ -109,6 +109,7 @@ def _overview() -> str:
 def _train(args: list[str]) -> int:
     from .distributed import World
     from .machine import check_machine
+    from .stand_in import check_before_teacher
     from .teacher import find_teacher, teacher_run
     from .train import run, run_seeds
 
@@ -123,6 +124,7 @@ def _train(args: list[str]) -> int:
         device = check_machine(planned, world)
     with world.connected(device, config.step.timeout):
         if makes_teacher and world.of_main(lambda: find_teacher(config) is None):
+            world.everywhere(lambda: check_before_teacher(config, world))
             run(teacher_run(config), world)
         run_seeds(config, world)
     return 0
@@ -407,7 +409,7 @@ def _eval(args: list[str]) -> int:
     options = _parse(parser, args)
     if options is None:
         return 0
-    from .evaluate import evaluate_checkpoint
+    from .eval_checkpoint import evaluate_checkpoint
 
     result = evaluate_checkpoint(
         options.checkpoint,

@@ -22,7 +22,7 @@ from ..kernels.backend import Site, fast_backend, unavailable
 from .alarms import (
     fusion_warning,
     loss_spike,
-    overhead_warning,
+    overhead_warnings,
     saturates_early,
     saturation_warning,
     teacher_warning,
@@ -37,12 +37,13 @@ from .explain import EVALUATION, explained
 from .files import save_file, write_atomically
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
-from .machine import check_machine, check_sizes, prepare_torch
+from .machine import check_machine, check_sizes, demand_of, prepare_torch
 from .memory import available_bytes
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import teacher_cost
+from .models.fit import check_step, check_student, check_teacher
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .resume import check_same_state, start_of_main
@@ -207,6 +208,8 @@ def prepare(
             config.student, num_classes=data.num_classes, weights=config.student_weights
         )
     )
+    demand = demand_of(config, data, world)
+    world.everywhere(lambda: check_student(config.student, student, demand))
     cost = None
     teacher, teacher_record = None, None
     if config.method != "ce":
@@ -217,7 +220,9 @@ def prepare(
                     config.teacher.name, num_classes=data.num_classes, weights=weights
                 )
             )
-        cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
+        world.everywhere(lambda: check_teacher(config.teacher.name, teacher, demand))
+        prompt = config.prompt if config.has_prompt_path else None
+        cost = teacher_cost(teacher, prompt, data.image_size, at=config.teacher.stages)
         teacher_record = {
             "name": config.teacher.name,
             "weights": weights,
@@ -226,6 +231,8 @@ def prepare(
         }
         check_same_teacher(teacher_record, world)
     method = build_method(config, student, teacher, data.train.labels)
+    if teacher is not None:
+        world.everywhere(lambda: check_step(config, method, demand))
     record = run_record(config, data, student, cost, teacher_record, device, world)
     record["warnings"] += said
     if config.step.sync_bn and world.size > 1:
@@ -463,10 +470,7 @@ class Trainer:
         if self.logits is not None:
             log.say(str(self.logits.need))
         if config.has_prompt_path:
-            log.say(
-                f"prompt path adds {cost['params_overhead_percent']:.1f} % parameters and "
-                f"{cost['macs_overhead_percent']:.1f} % MACs to the teacher"
-            )
+            log.say(prompt_path_line(cost))
         for kind, warning in self.early_warnings(cost):
             record["warnings"].append(warning)
             log.warn(kind, warning, self.progress.step)
@@ -481,9 +485,7 @@ class Trainer:
         expected = config.teacher.expected_top1
         found = [("teacher_below_expectation", teacher_warning(self.teacher_top1, expected))]
         if config.has_prompt_path:
-            params = overhead_warning(cost["added_params"], cost["teacher_params"], "parameters")
-            macs = overhead_warning(cost["added_macs"], cost["teacher_macs"], "MACs")
-            found += [("overhead", params), ("overhead", macs)]
+            found += [("overhead", line) for line in overhead_warnings(cost)]
             found.append(("fusion_missing", None if config.prompt.fusion else fusion_warning()))
         return [(kind, warning) for kind, warning in found if warning is not None]
 
@@ -1063,6 +1065,20 @@ class Trainer:
             "top1": f"{self.progress.last['student_top1']:.4f}",
         }
         write_atomically(self.out / name, lambda path: save_file(tensors, path, metadata))
+
+
+def prompt_path_line(cost: dict[str, Any]) -> str:
+    """What the prompt path adds to the teacher, the new head apart."""
+    parts = []
+    for key, what in (("params", "parameters"), ("macs", "MACs")):
+        head, whole = cost[f"new_head_{key}"], cost[f"added_{key}"]
+        shares = [100 * count / cost[f"teacher_{key}"] for count in (whole - head, head)]
+        parts.append((f"{shares[0]:.1f} % {what}", f"{shares[1]:.1f} %"))
+    blocks, heads = zip(*parts, strict=True)
+    return (
+        f"prompt path adds {' and '.join(blocks)} to the teacher, its new head "
+        f"{' and '.join(heads)}"
+    )
 
 
 def end_step(config: RunConfig, total_steps: int) -> int:
