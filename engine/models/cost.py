@@ -21,7 +21,7 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import PromptConfig
@@ -39,15 +39,18 @@ def count_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
 
     On tensors without memory; a module whose code needs values makes the pass for real, on a copy.
     """
-    with torch.no_grad(), same_random_numbers():
+    with same_random_numbers():
         try:
-            twin, x = meta_twin(module).eval(), torch.empty(shape, device="meta")
-            with FlopCounterMode(display=False) as counter:
-                twin(x)
+            return _count(meta_twin(module), torch.empty(shape, device="meta"))
         except Exception:  # of foreign code
-            twin, x = copy.deepcopy(module).eval(), torch.zeros(shape)
-            with FlopCounterMode(display=False) as counter:
-                twin(x)
+            return _count(copy.deepcopy(module), torch.zeros(shape))
+
+
+def _count(twin: nn.Module, x: Tensor) -> int:
+    """`count_macs` of a copy; the counter follows no parameter that asks for a gradient."""
+    twin.eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(x)
     return counter.get_total_flops() // 2
 
 

@@ -299,19 +299,18 @@ class ChannelsLast(nn.Module):
 
     def __init__(self, side: int | None = None) -> None:
         super().__init__()
-        self.side = side
+        self.register_buffer("grid", torch.zeros(side or 1, side or 1))  # takes one size alone
         self.first, self.second = nn.Conv2d(3, 32, 1), nn.Linear(32, 16)
         self.fc = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.side is not None:
-            x = x.view(-1, 3, self.side, self.side)
+        x = x + self.grid
         return self.fc(self.second(self.first(x).permute(0, 2, 3, 1)).mean((1, 2)))
 
 
-@pytest.mark.parametrize("side", [None, 16, 64])
+@pytest.mark.parametrize("side", [None, 64])
 def test_channels_in_another_place_are_refused(side: int | None) -> None:
-    """At 16 px the prompt blocks would convolve over the image's rows without a word."""
+    """Of images of 16 px the prompt blocks would convolve the rows, without a word."""
     model = ChannelsLast(side)
     assert split_stages(model, ("first",)).channels == [32]
     shape = r"\[2, \d+, \d+, 16\]: expected \[B, C, H, W\]"
@@ -335,12 +334,29 @@ def test_prompt_blocks_ask_for_maps(name: str, at: tuple[str, ...], words: str) 
     assert "\n" not in str(error.value)
 
 
-def test_stages_of_tokens_are_known_as_such() -> None:
-    with torch.device("meta"):
-        teacher = create_model("torchvision:vit_b_32", num_classes=10)
-    split = split_stages(teacher, ("conv_proj", "encoder.layers.encoder_layer_5"))
-    assert (split.channels, split.is_map) == ([768, 768], [True, False])
-    DualPathTeacher(teacher, prompt=PromptConfig(insert_stages=(1,)), at=("conv_proj",))
+class Tokens(nn.Module):
+    """A stage of maps, then one of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = (
+            nn.Conv2d(3, 8, 2, 2),
+            nn.Linear(8, 16),
+            nn.Linear(16, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.second(self.first(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_prompt_blocks_of_a_stage_before_the_tokens() -> None:
+    at = ("first", "second")
+    split = split_stages(Tokens(), at)
+    assert (split.channels, split.width, split.is_map) == ([8, 16], 16, [True, False])
+    with pytest.raises(UsageError, match="stage 2 of Tokens returns tokens"):
+        DualPathTeacher(Tokens(), at=at)
+    dual = DualPathTeacher(Tokens(), prompt=PromptConfig(insert_stages=(1,)), at=at)
+    assert dual(torch.randn(2, 3, 8, 8)).prompt_logits.shape == (2, 10)
 
 
 def test_a_model_that_is_not_built_as_its_class_is_says_how_to_name_its_stages() -> None:
