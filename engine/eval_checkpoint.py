@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .config import RunConfig, from_dict
 from .data import load_data
 from .errors import DataError
@@ -15,6 +13,7 @@ from .export import read_source
 from .kernel_choice import measured_kernels
 from .machine import pick_device
 from .metrics import evaluate
+from .models.parts import channels_last
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def evaluate_checkpoint(
             f"{path}: a network of {source.data['num_classes']} classes, "
             f"{data.name} has {data.num_classes}: expected the run's own data set"
         )
-    model = source.model().to(device=where, memory_format=torch.channels_last)  # type: ignore
+    model = channels_last(source.model(), where)
     with measured_kernels():  # as in a run, nothing fused serves that was not compared
         accuracy = evaluate(model, data, batch_size=batch_size, workers=config.data.workers)
     return EvalResult(

@@ -26,6 +26,7 @@ from .models.fit import (
     meta_twin,
     same_random_numbers,
 )
+from .models.parts import channels_last
 from .step import TrainStep
 
 
@@ -68,7 +69,7 @@ def build_step(
     if config.method != "ce":
         teacher = create_model(config.teacher.name, num_classes=data.num_classes)
     method = build_method(config, student, teacher, data.train.labels)
-    method.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    channels_last(method, device).train()
     return TrainStep(
         method,
         config,

@@ -44,6 +44,7 @@ from .metrics import Evaluator
 from .models import create_model
 from .models.cost import teacher_cost
 from .models.fit import check_step, check_student, check_teacher
+from .models.parts import channels_last
 from .optim import learning_rates
 from .preemption import StopRequest, stop_on_signal
 from .resume import check_same_state, start_of_main
@@ -237,7 +238,7 @@ def prepare(
     record["warnings"] += said
     if config.step.sync_bn and world.size > 1:
         synchronise_batch_norms(method.trained_networks())
-    method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(method, device)
     trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world)
     if teacher_record is not None:
         trainer.remember_logits(teacher_record["sha256"], seeds)

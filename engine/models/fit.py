@@ -24,6 +24,7 @@ from ...kernels import use_backend
 from ..config import RunConfig
 from ..errors import UsageError
 from ..files import first_line
+from .parts import channels_last
 
 MOST_REAL_IMAGES = 2  # one image is what many networks do not take in training mode, two are many
 
@@ -209,7 +210,7 @@ def _pass(
     tensor = next(iter((*twin.parameters(), *twin.buffers())), torch.empty(0))
     x = torch.zeros(images, 3, *size, device=tensor.device)
     x = x.contiguous(memory_format=torch.channels_last)
-    twin.train(training).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(twin.train(training))
     with torch.set_grad_enabled(training):
         output = call(twin, x)
         if training and isinstance(output, Tensor) and output.requires_grad:
