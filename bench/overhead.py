@@ -125,7 +125,7 @@ class Overhead:
     @property
     def pair_macs(self) -> int:
         """Of all pairs, forward, one image."""
-        return self.cost.teacher.added_macs - self.cost.teacher.head_macs
+        return self.cost.teacher.block_macs
 
     def milliseconds(self, side: str, part: str) -> float:
         """Median time of a part."""

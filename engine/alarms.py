@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def saturates_early(
@@ -71,8 +72,26 @@ def overhead_warning(added: int, base: int, what: str, limit: float = 10.0) -> s
         return None
     return (
         f"prompt and fusion blocks add {percent:.1f} % to the teacher's {what}, above {limit:g} %: "
-        "a larger prompt.r1 or prompt.fusion_groups makes them cheaper"
+        "a larger prompt.fusion_groups or prompt.r1 makes them cheaper, as do fewer "
+        "prompt.insert_stages"
     )
+
+
+def overhead_warnings(cost: Mapping[str, Any], limit: float = 10.0) -> list[str]:
+    """The lines of prompt and fusion blocks that cost more than `limit` percent of the teacher.
+
+    Args:
+        cost: as run.json has it. The new head is counted apart: classes and the teacher's features
+            give its size, no option does. A record that does not know its share counts it in.
+        limit: as of `overhead_warning`.
+    """
+    lines = []
+    for key, what in (("params", "parameters"), ("macs", "MACs")):
+        added, base = cost.get(f"added_{key}"), cost.get(f"teacher_{key}")
+        if added and base:
+            blocks = added - (cost.get(f"new_head_{key}") or 0)
+            lines.append(overhead_warning(blocks, base, what, limit))
+    return [line for line in lines if line is not None]
 
 
 def saturation_warning(epoch: float, total_epochs: float) -> str:

@@ -125,6 +125,7 @@ def _train(args: list[str]) -> int:
     from .distributed import World
     from .identity import data_identity
     from .machine import check_machine
+    from .stand_in import check_before_teacher
     from .teacher import find_teacher, teacher_run
     from .train import run, run_seeds
 
@@ -143,6 +144,7 @@ def _train(args: list[str]) -> int:
 
     with world.connected(device, config.step.timeout):
         if makes_teacher and world.of_main(lacks_teacher):
+            world.everywhere(lambda: check_before_teacher(config, world))
             run(teacher_run(config), world)
         run_seeds(config, world)
     return 0
@@ -540,7 +542,7 @@ def _eval(args: list[str]) -> int:
     options = _parse(parser, args)
     if options is None:
         return 0
-    from .evaluate import evaluate_checkpoint
+    from .eval_checkpoint import evaluate_checkpoint
 
     result = evaluate_checkpoint(
         options.checkpoint,

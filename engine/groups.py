@@ -118,6 +118,15 @@ class Group:
         """An entry of run.json's "cost", the same for every run of a group."""
         return (self.runs[0].run.get("cost") or {}).get(key)
 
+    def overhead(self, key: str) -> str | None:
+        """What the prompt path adds to the teacher's `key` (params, macs) in percent, as text; the
+        new head's share, which no option changes, also apart where the record has it."""
+        whole, head = self.cost(f"{key}_overhead_percent"), self.cost(f"new_head_{key}")
+        if whole is None:
+            return None
+        base = self.cost(f"teacher_{key}")
+        return f"{whole:.1f}" + (f" (head {100 * head / base:.1f})" if head and base else "")
+
 
 @dataclass(frozen=True)
 class Comparison:

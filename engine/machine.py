@@ -6,9 +6,11 @@ import torch
 
 from .config import RunConfig
 from .data import ImageData
+from .data.facts import DataFacts
 from .distributed import SINGLE, World
 from .errors import UsageError
 from .kernel_choice import check_kernels
+from .models.fit import Demand
 from .options import related_terms
 from .step import choose_mode
 
@@ -79,6 +81,34 @@ def check_sizes(config: RunConfig, data: ImageData, world: World) -> None:
     if num_test < world.size:
         raise UsageError(f"{num_test} test images: expected at most {num_test} processes")
     check_related(config, min(config.global_batch, num_train), world)
+
+
+def demand_of(config: RunConfig, data: ImageData | DataFacts, world: World = SINGLE) -> Demand:
+    """What a run asks of its networks: the smallest parts of the batches that any process meets."""
+    if isinstance(data, DataFacts):
+        train_images, test_images = data.train_images, data.test_images
+        image_size = (data.image_size, data.image_size)
+    else:
+        train_images, test_images = len(data.train), len(data.test)
+        image_size = data.image_size
+    share = max(min(config.global_batch, train_images) // world.size, 1)
+    part = _last(share, -(-share // config.accumulate))
+    if config.step.sync_bn:  # BatchNorms see the images of all processes
+        part *= world.size
+    blocks = {max(n // world.size, 1) for n in (test_images, test_images + world.size - 1)}
+    start = config.data.start_size
+    return Demand(
+        data.num_classes,
+        image_size,
+        part,
+        min(_last(block, config.eval_batch) for block in blocks),
+        None if start is None else (start, start),
+    )
+
+
+def _last(images: int, batch: int) -> int:
+    """Images of the last of the batches that they are cut into."""
+    return images % batch or batch if images > batch else images
 
 
 def pick_device(config: RunConfig, world: World = SINGLE) -> torch.device:

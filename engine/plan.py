@@ -28,11 +28,11 @@ from .data.facts import DataFacts, data_facts
 from .distributed import SINGLE
 from .errors import StorageError
 from .log import clock, hardware
-from .machine import check_related, pick_device
+from .machine import check_related, demand_of, pick_device
 from .memory import available_bytes
 from .probe import Built, Failed, Probe, build, run_probe
 from .run_memory import Memory, MemoryModel, traced_twin
-from .stand_in import pair_cost, stand_in
+from .stand_in import check_networks, pair_cost, stand_in
 from .step import choose_mode
 from .teacher import find_teacher, run_folder
 from .teacher_logits import Outlook, outlook
@@ -133,6 +133,9 @@ class Plan:
     student_params: int
     teacher_params: int
     added_params: int
+    """Of prompt blocks, fusion blocks and the new head,"""
+    new_head_params: int
+    """which is also counted apart."""
     trained_params: int
     step_flops: int
     memory: Memory
@@ -185,6 +188,7 @@ class Plan:
                 "student": self.student_params,
                 "teacher": self.teacher_params,
                 "added": self.added_params,
+                "new_head": self.new_head_params,
                 "trained": self.trained_params,
             },
             "step_flops": self.step_flops,
@@ -219,6 +223,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
     mode, _ = choose_mode(config, device)
     facts = data_facts(config.data)
     check_related(config, min(config.global_batch, facts.train_images), SINGLE)
+    check_networks(config, demand_of(config, facts))
     twin = stand_in(config, facts)
     built = build(traced_twin(twin), device)
     per_epoch = steps_per_epoch(facts.train_images, config.global_batch)
@@ -261,6 +266,7 @@ def make_plan(config: RunConfig, *, probe: bool = False) -> Plan:
         student_params=cost.student_params,
         teacher_params=0 if teacher is None else teacher.teacher_params,
         added_params=cost.teacher.added_params if config.has_prompt_path else 0,
+        new_head_params=cost.teacher.new_head_params if config.has_prompt_path else 0,
         trained_params=sum(p.numel() for p in built.step.params),
         step_flops=2 * cost.training_macs(method) * config.global_batch,
         memory=memory,
@@ -352,7 +358,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     )  # fmt: skip
     for name in ("student", "teacher", "added", "trained"):
         label = f"parameters, {name}" if name != "added" else "parameters, added to the teacher"
-        yield label, f"{getattr(plan, f'{name}_params') / 1e6:,.3f} M", ""
+        head = f"of it new head {plan.new_head_params / 1e6:,.3f} M" if name == "added" else ""
+        yield label, f"{getattr(plan, f'{name}_params') / 1e6:,.3f} M", head
     yield "a step", f"{plan.step_flops / 1e9:,.1f} GFLOP", f"{batch} images, 2 FLOP a MAC"
     yield "parameters and momentum", size(memory.parameters + memory.momentum), ""
     if memory.average:

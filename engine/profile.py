@@ -3,7 +3,7 @@
     parts      one row a component: time in both directions, FLOPs, bytes, memory, parameters and
                the distance from the roofline; instrumented steps alternate with plain ones
     methods    whole steps of no distillation, KD, DFPT-KD and DFPT-KD+ on the same pair
-    overhead   what the prompt path adds to the teacher, against the 10 % line (M45)
+    overhead   what the prompt path adds to the teacher, its blocks against the 10 % line (M45)
 
 Neither data nor weights are needed: images are random and lie on the device, the teacher is not
 trained. On a CPU the batch shrinks until everything takes about a minute.
@@ -20,24 +20,24 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .alarms import overhead_warning
+from .alarms import overhead_warnings
 from .config import RunConfig
 from .counting import StepWork, Work, count_work
 from .data import SOURCES, Batch, ImageData, steps_per_epoch, train_batches
-from .data.facts import KNOWN
+from .data.facts import KNOWN, DataFacts
 from .data.source import Augmentation, ResidentSplit
 from .errors import UsageError
 from .files import write_atomically
 from .log import RunLog, commit, hardware, versions
-from .machine import pick_device, prepare_torch
+from .machine import demand_of, pick_device, prepare_torch
 from .memory import kept_bytes
 from .methods import Method
 from .methods.base import FrozenTeacherMethod
@@ -45,7 +45,7 @@ from .methods.dfpt import DualPathDistillation
 from .models import create_model, split_stages
 from .models.cost import TeacherCost, count_params
 from .spans import span
-from .stand_in import PairCost, build_step, pair_cost
+from .stand_in import PairCost, build_step, check_networks, pair_cost
 from .step import DTYPES, TrainStep, choose_mode, compute_precision
 from .timeline import (
     COPY,
@@ -67,7 +67,8 @@ from .timeline import (
 )
 from .timing import copy_bandwidth, matmul_peak, time_call, time_interleaved
 
-METHODS = ("ce", "kd", "dfpt", "dfpt_plus")
+PROMPTED = ("dfpt", "dfpt_plus")
+METHODS = ("ce", "kd", *PROMPTED)
 LIMIT_PERCENT = 10.0  # A14: denser prompt blocks are a failure
 TOLERANCE_PERCENT = 5.0  # between the sum of the parts and the step
 BUDGET_S = 35.0  # of timed steps on a CPU; roofs, counting and imports take about as long again
@@ -132,6 +133,8 @@ class Overhead:
     flops_percent: float
     time_percent: float | None
     """Of the original path's forward pass; None where the profiled method has no prompt path."""
+    has_limit: bool = True
+    """Whether the 10 % line is about it: classes and teacher give the new head its size."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,7 @@ def profile(config: RunConfig, *, steps: int | None = None, trace: Path | None =
         left_out_flops=work.left_out_flops,
         methods=methods,
         overhead=overhead(setting.cost.teacher, rows),
-        warnings=warnings(setting.cost.teacher),
+        warnings=overhead_warnings(setting.cost.teacher.record(), LIMIT_PERCENT),
         notes=notes,
     )
 
@@ -263,6 +266,8 @@ class Setting:
     config: RunConfig
     device: torch.device
     data: ImageData
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Methods of the comparison that this pair of networks does not fit, and why."""
 
     def step(self, method: str, mode: str | None = None) -> TrainStep:
         """A step of `method`; `mode` absent: the run's own."""
@@ -280,8 +285,7 @@ class Setting:
     @property
     def steps_per_epoch(self) -> int:
         """Of the real data set as far as its size is known without it, else of 50,000 images."""
-        data = self.config.data
-        whole = KNOWN[data.name].train_images if data.name in KNOWN else 50_000
+        data, whole = self.config.data, facts_of(self.config).train_images
         limits = (data.limit, data.train_limit, whole)
         return steps_per_epoch(min(n for n in limits if n is not None), self.config.global_batch)
 
@@ -345,15 +349,18 @@ class _Resident(ResidentSplit):
             return super().batch(indices, seed=seed, epoch=epoch, side=side)
 
 
+def facts_of(config: RunConfig) -> DataFacts:
+    """The run's data as far as it is known without it, else 50,000 images as configured."""
+    data = config.data
+    others = DataFacts(50_000, 10_000, data.num_classes, data.image_size, False, "not known")
+    return KNOWN.get(data.name, others)
+
+
 def random_images(config: RunConfig, device: torch.device) -> ImageData:
     """A few batches of noise of the size that the run's data has."""
-    data = config.data
-    known = KNOWN.get(data.name)
-    classes = data.num_classes if known is None else known.num_classes
-    side = data.image_size if known is None else known.image_size
-    padding = data.crop_padding
-    if padding is None:
-        padding = 0 if known is None else known.crop_padding
+    data, facts = config.data, facts_of(config)
+    classes, side = facts.num_classes, facts.image_size
+    padding = facts.crop_padding if data.crop_padding is None else data.crop_padding
     count = _RESIDENT_BATCHES * config.global_batch
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, side, side, 3), dtype=torch.uint8, generator=generator).to(
@@ -382,15 +389,20 @@ def make_setting(config: RunConfig, device: torch.device, rounds: int) -> tuple[
         names = ", ".join(f"loss.{name}" for name in config.loss.added)
         notes.append(f"without {names}: the components are those of the plain method")
         config = replace(config, loss=config.loss.of_any_method())
+    others = [of_method(config, method) for method in PROMPTED if method != config.method]
+    left_out = check_networks(config, demand_of(config, facts_of(config)), others)
+    notes += [f"without {method}: {reason}" for method, reason in left_out.items()]
     wanted = config.global_batch
-    batch = wanted if device.type == "cuda" else affordable_batch(config, device, rounds)
+    batch = wanted
+    if device.type != "cuda":
+        batch = affordable_batch(config, device, rounds, left_out)
     if batch != wanted:
         notes.append(
             f"batch {batch} in place of the recipe's {wanted}: on a CPU the whole profile is to "
             "take about a minute"
         )
     config = with_batch(config, batch)
-    return Setting(config, device, random_images(config, device)), notes
+    return Setting(config, device, random_images(config, device), left_out), notes
 
 
 def with_batch(config: RunConfig, batch: int) -> RunConfig:
@@ -398,11 +410,16 @@ def with_batch(config: RunConfig, batch: int) -> RunConfig:
     return replace(config, global_batch=batch, accumulate=math.gcd(config.accumulate, batch))
 
 
-def affordable_batch(config: RunConfig, device: torch.device, rounds: int) -> int:
-    """The recipe's batch, halved until the timed steps fit into `BUDGET_S`; at least 2 images."""
+def affordable_batch(
+    config: RunConfig, device: torch.device, rounds: int, left_out: Container[str] = ()
+) -> int:
+    """The recipe's batch, halved until the timed steps fit into `BUDGET_S`; at least 2 images.
+
+    `left_out`: methods that are not compared.
+    """
     data = random_images(with_batch(config, 2), device)
     macs = Setting(config, device, data).cost.training_macs
-    others = sum(macs(method) for method in compared(config)) / macs(config.method)
+    others = sum(map(macs, compared(config, left_out))) / macs(config.method)
     # Plain and instrumented steps, their warm-ups, those for memory; the same of each method.
     in_all = 2 * rounds + 4 + (method_rounds(rounds) + 2) * others
     sizes = [config.global_batch]
@@ -643,9 +660,10 @@ def with_params(rows: list[Component], params: dict[str, int]) -> list[Component
     return [replace(row, params=params.get(row.name, 0)) for row in rows]
 
 
-def compared(config: RunConfig) -> list[str]:
-    """The methods of the second table: the usual four and the run's own."""
-    return [*METHODS, *([] if config.method in METHODS else [config.method])]
+def compared(config: RunConfig, left_out: Container[str] = ()) -> list[str]:
+    """The methods of the second table: the usual four but `left_out`, and the run's own."""
+    usual = [method for method in METHODS if method not in left_out]
+    return [*usual, *([] if config.method in METHODS else [config.method])]
 
 
 def compare(setting: Setting, rounds: int, patience_s: float = math.inf) -> list[MethodCost]:
@@ -654,7 +672,7 @@ def compare(setting: Setting, rounds: int, patience_s: float = math.inf) -> list
     Of `rounds` as many as `patience_s` seconds hold, but one at least.
     """
     batch = next(setting.batches())
-    steps = {method: setting.step(method) for method in compared(setting.config)}
+    steps = {method: setting.step(method) for method in compared(setting.config, setting.left_out)}
     kept = {method: kept_bytes_of(step, batch) for method, step in steps.items()}
 
     def call(step: TrainStep) -> Callable[[], None]:
@@ -697,12 +715,13 @@ def kept_bytes_of(step: TrainStep, batch: Batch) -> int:
 
 def overhead(cost: TeacherCost, rows: list[Component]) -> list[Overhead]:
     """Pairs, new head and both, over the teacher's own parameters and forward pass."""
+    if not cost.has_prompt_path:
+        return []
     times = {row.name: row.forward_s for row in rows}
     teacher_s = times.get(SHARED, 0.0) + times.get(ORIGINAL, 0.0)
     pairs_s = sum(s for name, s in times.items() if name.startswith(("prompt block", "fusion")))
-    pair_params, pair_macs = cost.prompt_params + cost.fusion_params, cost.added_macs
     added = (
-        ("prompt and fusion blocks", pair_params, pair_macs - cost.head_macs, pairs_s),
+        ("prompt and fusion blocks", cost.block_params, cost.block_macs, pairs_s),
         ("new head", cost.new_head_params, cost.head_macs, times.get(HEAD, 0.0)),
         ("together", cost.added_params, cost.added_macs, pairs_s + times.get(HEAD, 0.0)),
     )
@@ -712,15 +731,7 @@ def overhead(cost: TeacherCost, rows: list[Component]) -> list[Overhead]:
             params_percent=100 * params / cost.teacher_params,
             flops_percent=100 * macs / cost.teacher_macs,
             time_percent=100 * seconds / teacher_s if HEAD in times else None,
+            has_limit=i == 0,
         )
-        for name, params, macs, seconds in added
+        for i, (name, params, macs, seconds) in enumerate(added)
     ]
-
-
-def warnings(cost: TeacherCost) -> list[str]:
-    """The lines of a prompt path above the limit."""
-    found = [
-        overhead_warning(cost.added_params, cost.teacher_params, "parameters", LIMIT_PERCENT),
-        overhead_warning(cost.added_macs, cost.teacher_macs, "MACs", LIMIT_PERCENT),
-    ]
-    return [line for line in found if line is not None]

@@ -35,8 +35,9 @@ def print_profile(found: Profile) -> None:
         markup=False,
         soft_wrap=True,
     )
-    console.print()
-    console.print(overhead_table(found))
+    if found.overhead:
+        console.print()
+        console.print(overhead_table(found))
     for line in found.warnings:
         console.print(f"warning: {line}", markup=False, soft_wrap=True)
 
@@ -125,21 +126,22 @@ def methods_table(found: Profile) -> Table:
 
 
 def overhead_table(found: Profile) -> Table:
-    """Every share with the side of the line that it is on."""
+    """Shares, those of the blocks with the side of the line that they are on."""
     table = _table(
         f"prompt path over teacher, {LIMIT_PERCENT:g} % line",
         ("params %", "FLOP %", "forward time %"),
     )
     for row in found.overhead:
         shares = (row.params_percent, row.flops_percent, row.time_percent)
-        table.add_row(row.name, *map(_against_the_line, shares))
+        table.add_row(row.name, *(_share(percent, row.has_limit) for percent in shares))
     return table
 
 
-def _against_the_line(percent: float | None) -> str:
+def _share(percent: float | None, has_limit: bool) -> str:
     if percent is None:
         return "not in this method"
-    return f"{percent:.1f} {'exceeded' if percent > LIMIT_PERCENT else 'kept'}"
+    side = "exceeded" if percent > LIMIT_PERCENT else "kept"
+    return f"{percent:.1f} {side if has_limit else ''}".rstrip()
 
 
 def _times(row: Component) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from .alarms import (
     fusion_warning,
-    overhead_warning,
+    overhead_warnings,
     saturates_early,
     saturation_warning,
     teacher_warning,
@@ -285,12 +285,8 @@ def _computed_signatures(record: RunRecord) -> Iterator[tuple[str, str]]:
             epoch = saturates_early(record.series("test/prompt_top1"), teacher, epochs)
             if epoch is not None:
                 yield "saturation", saturation_warning(epoch, epochs)
-        cost = record.run.get("cost") or {}
-        for key, what in (("params", "parameters"), ("macs", "MACs")):
-            added, base = cost.get(f"added_{key}"), cost.get(f"teacher_{key}")
-            message = overhead_warning(added, base, what) if added and base else None
-            if message:
-                yield "overhead", message
+        for message in overhead_warnings(record.run.get("cost") or {}):
+            yield "overhead", message
         if (record.run["config"].get("prompt") or {}).get("fusion") is False:
             yield "fusion missing", fusion_warning()
     if teacher is not None:

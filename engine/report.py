@@ -84,5 +84,4 @@ def _text(statistic: Statistic | None, digits: int = 2) -> str:
 
 
 def _percent(group: Group, key: str) -> str:
-    value = group.cost(f"{key}_overhead_percent")
-    return "-" if value is None else f"{value:.1f}"
+    return group.overhead(key) or "-"

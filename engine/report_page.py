@@ -115,8 +115,7 @@ def _results(groups: Sequence[Group]) -> str:
             f"<strong>{escape(g.label)}</strong>", _count(g),
             f"<strong>{_stat(g.last)}</strong>", _stat(g.best), _stat(g.prompt), _stat(g.teacher),
             _stat(g.images_per_second, 0), _duration(g.seconds.mean if g.seconds else None),
-            _number(g.cost("params_overhead_percent"), 1),
-            _number(g.cost("macs_overhead_percent"), 1),
+            g.overhead("params") or "–", g.overhead("macs") or "–",
         ])
         for g in groups
     ]  # fmt: skip

@@ -38,14 +38,7 @@ def run_record(
         ),
     }
     if cost is not None:
-        costs |= {"teacher_params": cost.teacher_params, "teacher_macs": cost.teacher_macs}
-    if cost is not None and config.has_prompt_path:
-        costs |= {
-            name: getattr(cost, name)
-            for name in (
-                "added_params", "added_macs", "params_overhead_percent", "macs_overhead_percent",
-            )
-        }  # fmt: skip
+        costs |= cost.record()
     return {
         "format": RUN_FORMAT,
         "config": to_dict(config),

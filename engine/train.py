@@ -24,7 +24,7 @@ from .alarms import (
     chance_warning,
     fusion_warning,
     loss_spike,
-    overhead_warning,
+    overhead_warnings,
     relation_warning,
     saturates_early,
     saturation_warning,
@@ -50,13 +50,15 @@ from .identity import (
 )
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
-from .machine import check_machine, check_sizes, part_sizes, prepare_torch
+from .machine import check_machine, check_sizes, demand_of, part_sizes, prepare_torch
 from .memory import available_bytes
 from .methods import Method, build_method
 from .metrics import Evaluator
 from .models import create_model
 from .models.cost import teacher_cost
+from .models.fit import check_step, check_student, check_teacher
 from .models.input_norm import InputNorm, InputNorms, given_norm, stated_norm
+from .models.parts import channels_last
 from .models.weights import EMA_METADATA, ema_beside
 from .optim import learning_rates
 from .options import related_terms
@@ -241,6 +243,8 @@ def prepare(
             say=notes.append,
         )
     )
+    demand = demand_of(config, data, world)
+    world.everywhere(lambda: check_student(config.student, student, demand))
     cost = None
     teacher, teacher_record, choice = None, None, None
     if config.method != "ce":
@@ -255,7 +259,9 @@ def prepare(
                     say=notes.append,
                 )
             )
-        cost = teacher_cost(teacher, config.prompt, data.image_size, at=config.teacher.stages)
+        world.everywhere(lambda: check_teacher(config.teacher.name, teacher, demand))
+        prompt = config.prompt if config.has_prompt_path else None
+        cost = teacher_cost(teacher, prompt, data.image_size, at=config.teacher.stages)
         teacher_record = {
             "name": config.teacher.name,
             "weights": choice.weights,
@@ -271,6 +277,8 @@ def prepare(
     )
     norms = InputNorms.from_json(InputNorm(data.mean, data.std), found)
     method = build_method(config, student, teacher, data.train.labels, norms.entry())
+    if teacher is not None:
+        world.everywhere(lambda: check_step(config, method, demand))
     record = run_record(config, data, student, cost, teacher_record, device, world)
     for name, norm in norms.by_network.items():
         record[name] = (record.get(name) or {}) | norm.to_json()
@@ -278,7 +286,7 @@ def prepare(
     record["extended"] = extensions(checkpoint, config)
     if config.step.sync_bn and world.size > 1:
         synchronise_batch_norms(method.trained_networks())
-    method.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(method, device)
     trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world, norms)
     trainer.choice = choice
     if teacher_record is not None:
@@ -615,10 +623,7 @@ class Trainer:
         if self.logits is not None:
             log.say(str(self.logits.need))
         if config.has_prompt_path:
-            log.say(
-                f"prompt path adds {cost['params_overhead_percent']:.1f} % parameters and "
-                f"{cost['macs_overhead_percent']:.1f} % MACs to the teacher"
-            )
+            log.say(prompt_path_line(cost))
         for kind, warning in self.early_warnings(cost):
             record["warnings"].append(warning)
             log.warn(kind, warning, self.progress.step)
@@ -658,9 +663,7 @@ class Trainer:
         part, _ = part_sizes(config, batch, self.world)
         found.append(("cut_batches", relation_warning(related_terms(config), part, batch)))
         if config.has_prompt_path:
-            params = overhead_warning(cost["added_params"], cost["teacher_params"], "parameters")
-            macs = overhead_warning(cost["added_macs"], cost["teacher_macs"], "MACs")
-            found += [("overhead", params), ("overhead", macs)]
+            found += [("overhead", line) for line in overhead_warnings(cost)]
             found.append(("fusion_missing", None if config.prompt.fusion else fusion_warning()))
         return [(kind, warning) for kind, warning in found if warning is not None]
 
@@ -1262,6 +1265,20 @@ class Trainer:
             top1=self.progress.last[f"{name}_top1"],
             extended=extensions_of(self.record),
         )
+
+
+def prompt_path_line(cost: dict[str, Any]) -> str:
+    """What the prompt path adds to the teacher, the new head apart."""
+    parts = []
+    for key, what in (("params", "parameters"), ("macs", "MACs")):
+        head, whole = cost[f"new_head_{key}"], cost[f"added_{key}"]
+        shares = [100 * count / cost[f"teacher_{key}"] for count in (whole - head, head)]
+        parts.append((f"{shares[0]:.1f} % {what}", f"{shares[1]:.1f} %"))
+    blocks, heads = zip(*parts, strict=True)
+    return (
+        f"prompt path adds {' and '.join(blocks)} to the teacher, its new head "
+        f"{' and '.join(heads)}"
+    )
 
 
 def end_step(config: RunConfig, total_steps: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .backend import Call, choose_at, decide_at, is_measuring
 from .dual_path_loss import (
     FusedLoss,
+    check_constants,
     check_logits,
     correct_count,
     counted_logits,
@@ -104,10 +105,12 @@ def distillation_loss(
         `DistillationLoss`; total and terms are fp32, or fp64 for fp64 logits.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together, or an option is out of its range.
+        ValueError: Shapes, dtypes or devices do not fit together, an option is out of its range, or
+            teacher, target or kd_weight require grad, which they would not get.
         IndexError: A label is out of range (CPU; on a GPU a device-side assertion).
     """
     check_logits(target, tau, label_smoothing, student=student, teacher=teacher)
+    check_constants("student, teacher, target", teacher=teacher, target=target, kd_weight=kd_weight)
     options = (label_smoothing, ignore_index, reverse_kl)
     words = loss_words(target, label_smoothing, reverse_kl)
     at = ("distillation_loss", student, student.shape, words)

@@ -145,10 +145,14 @@ def dual_path_loss(
         all are 0.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together, or an option is out of its range.
+        ValueError: Shapes, dtypes or devices do not fit together, an option is out of its range, or
+            teacher, target or weights require grad, which they would not get.
         IndexError: A label is out of range (CPU; on a GPU a device-side assertion).
     """
     check_logits(target, tau, label_smoothing, student=student, prompt=prompt, teacher=teacher)
+    check_constants(
+        "student, prompt, teacher, target", teacher=teacher, target=target, weights=weights
+    )
     if isinstance(weights, Tensor) and (weights.shape, weights.device) != ((6,), student.device):
         raise ValueError(
             f"weights: expected a tensor of shape [6] on {student.device}, got "
@@ -410,3 +414,23 @@ def check_logits(target: Tensor, tau: float, label_smoothing: float, **logits: T
 
 
 _NOT_LABELS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+def check_constants(order: str, **constants: Any) -> None:
+    """Refuse what asks for a gradient where the family gives none: arguments in another order would
+    train without a word a network that they mean to hold still, and not the one that they mean to
+    train.
+
+    Args:
+        order: Of the function's arguments, for the message.
+        constants: By argument name; only tensors are looked at.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, value in constants.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name}: requires grad, and gets none here: expected it detached, and the "
+                f"arguments in the order {order} (DualPathTeacher returns teacher_logits, "
+                "prompt_logits)"
+            )

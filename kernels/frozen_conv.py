@@ -139,8 +139,8 @@ def frozen_conv2d(
 
     Args:
         x: [N, C, H, W].
-        weight: [C_out, C / groups, kh, kw]; gets no gradient.
-        bias: [C_out] or None; gets no gradient.
+        weight: [C_out, C / groups, kh, kw], which asks for no gradient.
+        bias: [C_out] or None, likewise.
         stride, padding, dilation: One int or (rows, columns).
         groups: Groups of channels.
         exact: Give the bits of PyTorch's own convolution, whatever the backend.
@@ -149,13 +149,19 @@ def frozen_conv2d(
         [N, C_out, H_out, W_out], differentiable towards x.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together.
+        ValueError: Shapes, dtypes or devices do not fit together, or weight or bias require grad.
     """
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
             f"frozen_conv2d: expected x [N, C, H, W] and weight [C_out, C / {groups}, kh, kw], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
+    for name, constant in (("weight", weight), ("bias", bias)):
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: requires grad, and gets none of a frozen convolution: expected it "
+                "detached"
+            )
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)

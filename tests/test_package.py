@@ -174,8 +174,26 @@ def test_public_face_is_lazy_and_complete():
         _ = dfptkd.absent
 
 
-def test_module_names_do_not_hide_the_functions_of_the_same_name():
-    import dfptkd.kernels
+PACKAGES = (
+    "dfptkd", "dfptkd.engine", "dfptkd.engine.models", "dfptkd.engine.methods",
+    "dfptkd.engine.data", "dfptkd.kernels",
+)  # fmt: skip
 
-    for name in dfptkd.kernels.__all__:
-        assert callable(getattr(dfptkd.kernels, name)), name
+
+def test_no_module_takes_the_place_of_a_public_name():
+    """Importing a module binds its name in its package, where a function may be expected."""
+    code = f"""
+import importlib, pathlib, types
+for name in {PACKAGES!r}:
+    package = importlib.import_module(name)
+    before = {{public: getattr(package, public) for public in package.__all__}}
+    modules = {{path.stem for path in pathlib.Path(package.__file__).parent.glob("*.py")}}
+    for public in modules & set(before):
+        importlib.import_module(f"{{name}}.{{public}}")
+    for public, value in before.items():
+        is_package = f"{{name}}.{{public}}" in {PACKAGES!r} + ("dfptkd.recipes", "dfptkd.bench")
+        assert isinstance(value, types.ModuleType) == is_package, (name, public, value)
+        assert getattr(package, public) is value, (name, public)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..config import RunConfig
+from ..errors import UsageError
 from ..models.dual_path import DualPathTeacher
 from ..models.frozen import freeze
 from .base import FrozenTeacherMethod, Method, StepOutput
@@ -37,7 +38,16 @@ def build_method(
     and embeddings after those, so that a student starts from the same weights under every method.
     `labels`, int64 [N] of the training images, are for `loss.crd`, which keeps something of each.
     `entry` is what the teacher's images pass first, where it wants them normalised otherwise.
+
+    Raises:
+        UsageError: Nothing would be trained, or what is to stand still would be; or as of
+            `DualPathTeacher` and `CombinedDistillation`.
     """
+    constants = () if teacher is None else teacher.parameters()
+    if not {id(p) for p in student.parameters()}.isdisjoint(map(id, constants)):
+        raise UsageError("student and teacher share parameters: expected two networks")
+    if not any(p.requires_grad for p in student.parameters()):
+        raise UsageError("student: no parameter requires grad: expected one to be trained")
     if config.method == "ce":
         return CrossEntropy(student, config.loss)
     if teacher is None:

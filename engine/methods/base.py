@@ -101,6 +101,12 @@ class Method(nn.Module):
         """
         return self.losses(*self.all_logits(images, frozen), target, distillation)
 
+    def example(self, images: Tensor) -> tuple[Any, ...]:
+        """Arguments of a call on images [B, 3, H, W], all of class 0, to try whether it works."""
+        zeros = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        samples = (Samples(zeros, zeros.sum()),) if self.takes_samples else ()
+        return images, zeros, 1.0, *samples
+
     def remember(self, rows: BankRows, passes: Tensor) -> None:
         """Keep the `rows` of a step, of all parts and processes, if it passes (0-d bool)."""
         raise NotImplementedError

@@ -18,14 +18,15 @@ it (at the images and at the frozen output of stage 1), so a step costs a little
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import PromptConfig
 from .dual_path import DualPathTeacher
+from .fit import meta_twin, same_random_numbers
 
 
 def count_params(module: nn.Module) -> int:
@@ -34,30 +35,57 @@ def count_params(module: nn.Module) -> int:
 
 
 def count_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one eval-mode forward pass on an input of `shape`."""
-    twin = copy.deepcopy(module).to("meta").eval()
+    """Multiply-accumulates of one eval-mode forward pass on an input of `shape`.
+
+    On tensors without memory; a module whose code needs values makes the pass for real, on a copy.
+    """
+    with same_random_numbers():
+        try:
+            return _count(meta_twin(module), torch.empty(shape, device="meta"))
+        except Exception:  # of foreign code
+            return _count(copy.deepcopy(module), torch.zeros(shape))
+
+
+def _count(twin: nn.Module, x: Tensor) -> int:
+    """`count_macs` of a copy; the counter follows no parameter that asks for a gradient."""
+    twin.eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(torch.empty(shape, device="meta"))
+        twin(x)
     return counter.get_total_flops() // 2
 
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """Cost of a teacher and of what the prompt path adds to it; MACs for one image."""
+    """Cost of a teacher and of what a prompt path adds to it, 0 without one; MACs for one image."""
 
     teacher_params: int
     teacher_macs: int
-    shared_macs: int
-    head_macs: int
-    prompt_params: int
-    fusion_params: int
-    new_head_params: int
-    added_macs: int
+    shared_macs: int = 0
+    head_macs: int = 0
+    prompt_params: int = 0
+    fusion_params: int = 0
+    new_head_params: int = 0
+    added_macs: int = 0
+
+    @property
+    def has_prompt_path(self) -> bool:
+        """Whether one is counted."""
+        return self.prompt_params > 0
+
+    @property
+    def block_params(self) -> int:
+        """Parameters of prompt and fusion blocks."""
+        return self.prompt_params + self.fusion_params
+
+    @property
+    def block_macs(self) -> int:
+        """MACs of prompt and fusion blocks."""
+        return self.added_macs - self.head_macs
 
     @property
     def added_params(self) -> int:
         """Parameters of prompt blocks, fusion blocks and the new head."""
-        return self.prompt_params + self.fusion_params + self.new_head_params
+        return self.block_params + self.new_head_params
 
     @property
     def params_overhead_percent(self) -> float:
@@ -69,10 +97,24 @@ class TeacherCost:
         """Added MACs over the teacher's forward pass."""
         return 100 * self.added_macs / self.teacher_macs
 
+    def record(self) -> dict[str, float]:
+        """As run.json has it, the new head among what is added and apart."""
+        teacher = {"teacher_params": self.teacher_params, "teacher_macs": self.teacher_macs}
+        if not self.has_prompt_path:
+            return teacher
+        return teacher | {
+            "added_params": self.added_params,
+            "added_macs": self.added_macs,
+            "new_head_params": self.new_head_params,
+            "new_head_macs": self.head_macs,
+            "params_overhead_percent": self.params_overhead_percent,
+            "macs_overhead_percent": self.macs_overhead_percent,
+        }
+
 
 def teacher_cost(
     teacher: nn.Module,
-    prompt: PromptConfig,
+    prompt: PromptConfig | None,
     image_size: tuple[int, int],
     *,
     at: tuple[str, ...] | None = None,
@@ -81,14 +123,19 @@ def teacher_cost(
 
     Args:
         teacher: Classifier of [B, 3, H, W] images.
-        prompt: Shape of the blocks.
+        prompt: Shape of the blocks; None: the teacher alone, which then may be any classifier.
         image_size: H, W in pixels.
         at: Module paths that end a stage.
+
+    Raises:
+        UsageError: There is to be a prompt path, and the teacher cannot be cut.
     """
     shape = (1, 3, *image_size)
-    twin = copy.deepcopy(teacher).to("meta")
+    alone = TeacherCost(count_params(teacher), count_macs(teacher, shape))
+    if prompt is None:
+        return alone
     with torch.random.fork_rng(devices=[]):  # new blocks draw; a caller's seeds must not notice
-        dual = DualPathTeacher(twin, prompt=prompt, at=at).to("meta").eval()
+        dual = DualPathTeacher(meta_twin(teacher), prompt=prompt, at=at).to("meta").eval()
     with torch.no_grad():
         x = torch.empty(shape, device="meta")
         shared_macs = 0
@@ -101,9 +148,8 @@ def teacher_cost(
                 pair_macs += count_macs(dual.pairs[f"stage{i}"], tuple(x.shape))
         features = dual.original.neck(x)
     head_macs = count_macs(dual.original.head, tuple(features.shape))
-    return TeacherCost(
-        teacher_params=count_params(teacher),
-        teacher_macs=count_macs(teacher, shape),
+    return replace(
+        alone,
         shared_macs=shared_macs,
         head_macs=head_macs,
         prompt_params=sum(count_params(pair.prompt) for pair in dual.pairs.values()),

@@ -114,7 +114,7 @@ class DualPathTeacher(nn.Module):
 
     Raises:
         UsageError: `joint` with a copied backbone, `prompt.insert_stages` names a stage that the
-        teacher has not, or the model cannot be split.
+        teacher has not or that gives no maps, or the model cannot be split.
     """
 
     def __init__(
@@ -142,6 +142,13 @@ class DualPathTeacher(nn.Module):
             raise UsageError(
                 f"prompt.insert_stages={tuple(inserted)}: expected stages of 1..{num_stages}"
             )
+        for number in inserted:
+            if not split.is_map[number - 1]:
+                raise UsageError(
+                    f"stage {number} of {type(teacher).__name__} returns tokens [B, T, C], and "
+                    "prompt blocks convolve maps [B, C, H, W]: expected other --teacher.stages, or "
+                    "a method without prompt blocks (kd, dkd, dist)"
+                )
         self.config, self.width = prompt, split.width
         trunk = Trunk(split)
         self.original = _frozen(split, fold_bn)

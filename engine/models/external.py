@@ -13,6 +13,7 @@ from ..errors import DataError, UsageError
 from ..files import first_line
 from .names import unknown_name
 from .parts import Parts, pooled_head
+from .trace import ends_in_relu
 from .weights import check_values, is_file, load_strict
 
 
@@ -186,9 +187,8 @@ def _timm_resnet(model: Any) -> Parts:
     first = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool, model.layer1)
     stages = [first, model.layer2, model.layer3, model.layer4]
     last_blocks = [layer[-1] for layer in (model.layer1, model.layer2, model.layer3, model.layer4)]
-    activations = [block.act3 if hasattr(block, "act3") else block.act2 for block in last_blocks]
     head = nn.Sequential(model.global_pool, nn.Dropout(float(model.drop_rate)), model.fc)
-    post_relu = [isinstance(activation, nn.ReLU) for activation in activations]
+    post_relu = [ends_in_relu(block) for block in last_blocks]  # blocks name it in many ways
     return Parts(stages, nn.Identity(), head, post_relu)
 
 

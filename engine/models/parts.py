@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,6 +48,22 @@ def pooled(x: Tensor) -> Tensor:
     """
     x = upcast(x)
     return x.mean(dim=(2, 3)) if x.dim() == 4 else x.mean(dim=1) if x.dim() == 3 else x
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def channels_last(module: Module, device: torch.device | None = None) -> Module:
+    """`module` on `device`, its tensors [N, C, H, W] in memory channels last; in place.
+
+    torch's own `Module.to` refuses a module that also has tensors of five dimensions.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device or tensor.device, memory_format=layout)
+
+    return module._apply(move)
 
 
 def init_convolutions(model: nn.Module) -> None:

@@ -14,8 +14,9 @@ from .external import external_parts
 from .parts import Parts, StagedModel, unwrapped
 from .trace import cut_after
 
-PROBE_SIZES = (32, 224)
-"""Image sides in pixels that are tried in turn to find the stages' channels."""
+PROBE_SIZES = (32, 224, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384)
+"""Image sides in pixels that are tried in turn to find the stages' channels: what stays the same at
+two of them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Stages:
     """For each stage: its output is non-negative by construction."""
     width: int
     """Features that the head reads: channels of the neck's output."""
+    is_map: list[bool]
+    """For each stage: its output is [B, C, H, W]."""
 
 
 def split_stages(model: nn.Module, at: Iterable[str] | None = None) -> Stages:
@@ -51,49 +54,74 @@ def split_stages(model: nn.Module, at: Iterable[str] | None = None) -> Stages:
         The pieces; in fp32 and eval mode their chain gives the bits of `model(x)`.
 
     Raises:
-        UsageError: No known stages, an unknown path, a model that cannot be traced or cut there, or
-            an in-place operation that overwrites a stage output.
+        UsageError: No known stages, an unknown path, a model that cannot be traced or cut there, an
+            in-place operation that overwrites a stage output, or a stage output with its channels
+            in another place.
     """
     model = unwrapped(model)
     parts = cut_after(model, tuple(at)) if at is not None else _known_parts(model)
-    *channels, width = _probe_channels(model, parts)
-    return Stages(list(parts.stages), parts.neck, parts.head, channels, parts.post_relu, width)
+    shapes = _probe_shapes(model, parts)
+    *channels, width = (_channels(model, number, *pair) for number, pair in enumerate(shapes, 1))
+    is_map = [len(pair[0]) == 4 for pair in shapes[:-1]]
+    stages = list(parts.stages)
+    return Stages(stages, parts.neck, parts.head, channels, parts.post_relu, width, is_map)
 
 
 def _known_parts(model: nn.Module) -> Parts:
-    parts = model.parts() if isinstance(model, StagedModel) else external_parts(model)
-    if parts is None:
-        children = ", ".join(name for name, _ in model.named_children())
+    name = type(model).__name__
+    children = ", ".join(name for name, _ in model.named_children())
+    advice = (
+        "pass --teacher.stages a,b,c with the paths of the modules that end a stage (top level: "
+        f"{children}), or a method without prompt blocks (kd, dkd, dist)"
+    )
+    try:
+        parts = model.parts() if isinstance(model, StagedModel) else external_parts(model)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of another version
         raise UsageError(
-            f"{type(model).__name__} has no known stages: pass --teacher.stages a,b,c with the "
-            f"paths of the modules that end a stage (top level: {children})"
-        )
+            f"{name} is not built as expected of it ({first_line(error)}): {advice}"
+        ) from error
+    if parts is None:
+        raise UsageError(f"{name} has no known stages: {advice}")
     return parts
 
 
-def _probe_channels(model: nn.Module, parts: Parts) -> list[int]:
-    reasons = []
+def _probe_shapes(model: nn.Module, parts: Parts) -> list[tuple[torch.Size, torch.Size]]:
+    """Shape of each stage output and of the neck's, for images of two sizes; for a model that takes
+    one size alone the same shape twice."""
+    reasons: list[str] = []
+    found: list[list[torch.Size]] = []
     for size in PROBE_SIZES:
         try:
-            return _channels_at(model, parts, size)
+            found.append(_shapes_at(model, parts, size, with_head=not found))
         except UsageError:
             raise
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        except Exception as error:  # of foreign code
             reasons.append(f"{size} px: {first_line(error)}")
-    raise UsageError(f"{type(model).__name__} takes no square RGB image ({'; '.join(reasons)})")
+        if len(found) == 2:
+            break
+    if not found:
+        name = type(model).__name__
+        raise UsageError(f"{name} takes no square RGB image ({'; '.join(reasons[:2])})")
+    return list(zip(found[0], found[-1], strict=True))
 
 
-def _channels_at(model: nn.Module, parts: Parts, size: int) -> list[int]:
-    """Channels of each stage output and of the neck's.
+def _shapes_at(model: nn.Module, parts: Parts, size: int, *, with_head: bool) -> list[torch.Size]:
+    """Runs the pieces on the meta device, where nothing is computed and nothing can change.
 
-    Runs all pieces on the meta device, where nothing is computed and nothing can change.
+    A head may take one size of maps alone, and has no channels to be found.
     """
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     values = [torch.empty(2, 3, size, size, dtype=dtype, device="meta")]
     versions = []
-    for piece in (*parts.stages, parts.neck, parts.head):
+    for number, piece in enumerate((*parts.stages, parts.neck, *[parts.head] * with_head), 1):
         versions.append(values[-1]._version)  # counts writes in place, also those through a view
-        values.append(_run_on_meta(piece, values[-1]))
+        value = _run_on_meta(piece, values[-1])
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"stage {number} of {type(model).__name__} returns a {type(value).__name__}: "
+                "expected one tensor"
+            )
+        values.append(value)
 
     count = len(parts.stages)
     for i in range(count + 1):
@@ -102,8 +130,7 @@ def _channels_at(model: nn.Module, parts: Parts, size: int) -> list[int]:
             raise UsageError(
                 f"{type(model).__name__} overwrites {what} in place: end the stage after that"
             )
-    width = values[count + 1].shape[2 if values[count + 1].dim() == 3 else 1]
-    return [*(_channels(values[i], i) for i in range(1, count + 1)), width]
+    return [value.shape for value in values[1 : count + 2]]
 
 
 def _run_on_meta(piece: nn.Module, x: Tensor) -> Tensor:
@@ -113,11 +140,19 @@ def _run_on_meta(piece: nn.Module, x: Tensor) -> Tensor:
         return functional_call(piece, state, (x,))
 
 
-def _channels(output: Tensor, stage: int) -> int:
-    if output.dim() == 4:
-        return output.shape[1]
-    if output.dim() == 3:
-        return output.shape[2]
-    raise UsageError(
-        f"stage {stage} returns shape {list(output.shape)}, expected [B, C, H, W] or [B, T, C]"
-    )
+def _channels(model: nn.Module, number: int, shape: torch.Size, other: torch.Size) -> int:
+    """Channels of an output, given its shapes for square images of two sizes.
+
+    Raises:
+        UsageError: They are not where convolutions, or a mean over tokens, look for them.
+    """
+    place = 2 if len(shape) == 3 else 1
+    # Channels do not grow with the image; and an image as high as it is wide gives such maps.
+    moved = shape[place:][:1] != other[place:][:1]
+    moved |= len(shape) == 4 and shape[1] == shape[2] != shape[3]
+    if len(shape) not in (2, 3, 4) or moved:
+        raise UsageError(
+            f"stage {number} of {type(model).__name__} returns shape {list(shape)}: expected "
+            "[B, C, H, W], or tokens [B, T, C]"
+        )
+    return shape[place]

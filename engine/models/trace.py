@@ -165,6 +165,11 @@ def _ends_in_relu(root: nn.Module, node: Any) -> bool:
     module = root.get_submodule(str(node.target))
     if isinstance(module, _KEEP_SIGN_MODULES):
         return _ends_in_relu(root, node.args[0])
+    return ends_in_relu(module)
+
+
+def ends_in_relu(module: nn.Module) -> bool:
+    """Whether tracing shows a ReLU at the end of `module`."""
     if isinstance(module, RELU_MODULES) or next(module.children(), None) is None:
         return isinstance(module, RELU_MODULES)
     try:

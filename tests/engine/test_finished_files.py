@@ -19,7 +19,7 @@ from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from dfptkd.engine.data import load_data
 from dfptkd.engine.errors import DataError
-from dfptkd.engine.evaluate import evaluate_checkpoint
+from dfptkd.engine.eval_checkpoint import evaluate_checkpoint
 from dfptkd.engine.export import export_student
 from dfptkd.engine.identity import fingerprint
 from dfptkd.engine.models import create_model

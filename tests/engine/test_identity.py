@@ -18,7 +18,7 @@ from dfptkd.engine.checkpoint import load_checkpoint, save_checkpoint
 from dfptkd.engine.cli import main, parse_run
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from dfptkd.engine.errors import DataError, UsageError
-from dfptkd.engine.evaluate import evaluate_checkpoint
+from dfptkd.engine.eval_checkpoint import evaluate_checkpoint
 from dfptkd.engine.export import export_student
 from dfptkd.engine.groups import summarise
 from dfptkd.engine.identity import data_identity, network_of

@@ -19,7 +19,7 @@ from dfptkd.engine.data import load_data
 from dfptkd.engine.data.facts import data_facts
 from dfptkd.engine.data.source import Augmentation, ImageData, ResidentSplit
 from dfptkd.engine.errors import DataError, UsageError
-from dfptkd.engine.evaluate import evaluate_checkpoint
+from dfptkd.engine.eval_checkpoint import evaluate_checkpoint
 from dfptkd.engine.export import export_student
 from dfptkd.engine.logits_file import SUFFIX
 from dfptkd.engine.methods import build_method
@@ -339,7 +339,7 @@ def test_a_student_that_goes_on_from_weights_of_other_statistics_keeps_them(
     with torch.no_grad():
         hits = model(by_hand(data.test.images, OTHER)).argmax(1) == data.test.labels
     assert result.last["student_top1"] == pytest.approx(100 * hits.float().mean().item())
-    monkeypatch.setattr("dfptkd.engine.evaluate.load_data", lambda config, device: data)
+    monkeypatch.setattr("dfptkd.engine.eval_checkpoint.load_data", lambda config, device: data)
     assert evaluate_checkpoint(result.out, device="cpu").top1 == result.last["student_top1"]
     (exported,) = export_student(result.out, formats=["safetensors"], say=lambda _: None)
     for file in (exported, result.out / "student.safetensors"):

@@ -22,7 +22,7 @@ from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
 from dfptkd.engine.doctor import newer_than_tested, run_doctor
 from dfptkd.engine.errors import DataError, UsageError
-from dfptkd.engine.evaluate import evaluate_checkpoint
+from dfptkd.engine.eval_checkpoint import evaluate_checkpoint
 from dfptkd.engine.kernel_cache import Choice, KernelCache
 from dfptkd.engine.kernel_choice import KernelChoices, check_kernels, measured_kernels
 from dfptkd.engine.models import PromptFusion, create_model

@@ -12,6 +12,7 @@ from torch import nn
 
 from dfptkd.engine import profile as profiling
 from dfptkd.engine import spans
+from dfptkd.engine.alarms import overhead_warnings
 from dfptkd.engine.cli import main, parse_run
 from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, PromptConfig, RunConfig
 from dfptkd.engine.counting import Traffic, Work, count_work
@@ -355,7 +356,7 @@ def test_on_a_cpu_the_batch_shrinks_until_the_budget_holds(second_per_image, exp
         return 1e6 * second_per_image * timed[-1]
 
     monkeypatch.setattr(profiling, "time_call", fake)
-    monkeypatch.setattr(profiling, "compared", lambda config: ["ce"])
+    monkeypatch.setattr(profiling, "compared", lambda config, left_out: ["ce"])
     assert profiling.affordable_batch(config, CPU, rounds=5) == expected
     in_all = 2 * 5 + 4 + profiling.method_rounds(5) + 2
     assert expected == 2 or in_all * second_per_image * expected <= profiling.BUDGET_S
@@ -364,7 +365,7 @@ def test_on_a_cpu_the_batch_shrinks_until_the_budget_holds(second_per_image, exp
 
 
 def test_M49_terms_of_other_methods_are_left_out_and_said_so(monkeypatch):
-    monkeypatch.setattr(profiling, "affordable_batch", lambda config, device, rounds: 4)
+    monkeypatch.setattr(profiling, "affordable_batch", lambda *_: 4)
     for loss in (LossConfig(crd=0.8, rkd_angle=50.0), LossConfig(decoupled=True)):
         setting, notes = profiling.make_setting(config_of(loss=loss), CPU, rounds=2)
         assert setting.config.loss == LossConfig()
@@ -453,7 +454,8 @@ def test_the_tables_name_every_component(profiled, capsys):
 def test_overhead_is_marked_against_the_line(profiled, capsys):
     found, _ = profiled
     shares = [profiling.Overhead("blocks", 9.9, 10.1, 50.0), profiling.Overhead("head", 0, 0, None)]
-    warned = profiling.warnings(dataclasses.replace(setting_of().cost.teacher, added_macs=10**9))
+    cost = dataclasses.replace(setting_of().cost.teacher, added_macs=10**9)
+    warned = overhead_warnings(cost.record())
     print_profile(dataclasses.replace(found, overhead=shares, warnings=warned))
     text = capsys.readouterr().out
     for words in (

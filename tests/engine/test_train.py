@@ -30,7 +30,7 @@ from dfptkd.engine.config import (
     TeacherConfig,
 )
 from dfptkd.engine.errors import DataError, NumericError, Stopped, UsageError
-from dfptkd.engine.evaluate import evaluate_checkpoint
+from dfptkd.engine.eval_checkpoint import evaluate_checkpoint
 from dfptkd.engine.models import create_model
 from dfptkd.engine.resume import check_same_run
 from dfptkd.engine.teacher import find_teacher, teacher_run

@@ -210,11 +210,10 @@ def test_all_weights_zero_is_a_loss_of_zero():
 def test_weights_as_tensor_equal_numbers(zeros):
     inputs = make_logits(7, 10, dtype=torch.float32)
     numbers = [0.0 if i in zeros else w for i, w in enumerate(W)]
-    weights = torch.tensor(numbers, requires_grad=True)
+    weights = torch.tensor(numbers)
     by_number = run(*inputs, weights=DualPathWeights(*numbers))
     by_tensor = run(*inputs, weights=weights)
     torch.testing.assert_close(by_tensor, by_number, rtol=1e-6, atol=1e-7)
-    assert weights.grad is None
 
 
 @settings(max_examples=25, deadline=None)
@@ -334,15 +333,26 @@ def test_gradcheck(soft, reverse_kl):
 # What a call leaves alone -------------------------------------------------------------------------
 
 
-def test_supervision_gets_no_gradient():
+@pytest.mark.parametrize("name", ["teacher", "target", "weights"])
+def test_a_constant_that_asks_for_a_gradient_is_refused(name):
     student, prompt, teacher, _ = make_logits(3, 4)
-    leaves = [student, prompt, teacher, probabilities(3, 4)]
-    leaves = [x.requires_grad_() for x in leaves]
-    dual_path_loss(*leaves).total.backward()
-    assert student.grad is not None
-    assert prompt.grad is not None
-    assert teacher.grad is None
-    assert leaves[3].grad is None
+    learners = student.requires_grad_(), prompt.requires_grad_()
+    constants = {"teacher": teacher, "target": probabilities(3, 4), "weights": torch.tensor(W)}
+    constants[name].requires_grad_()
+    message = f"^{name}: requires grad, .* in the order student, prompt, teacher, target"
+    with pytest.raises(ValueError, match=message):
+        dual_path_loss(*learners, **constants)
+    with torch.no_grad():  # an evaluation asks for none
+        dual_path_loss(*learners, **constants)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_teacher_and_prompt_in_the_order_of_the_dual_path_output_are_refused(compiles):
+    """`loss(student, *dual(images), target)` would train the student alone, without a word."""
+    student, prompt, teacher, target = make_logits(3, 4)
+    loss = torch.compile(dual_path_loss, backend="eager") if compiles else dual_path_loss
+    with pytest.raises(ValueError, match=r"^teacher: requires grad"):
+        loss(student.requires_grad_(), teacher, prompt.requires_grad_(), target)
 
 
 def test_M11_inputs_are_not_written():

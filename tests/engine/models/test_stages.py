@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from dfptkd.engine.errors import UsageError
-from dfptkd.engine.models import Stages, create_model, split_stages
+from dfptkd.engine.models import (
+    DualPathTeacher,
+    PromptConfig,
+    Stages,
+    create_model,
+    split_stages,
+)
 from dfptkd.engine.models.cifar import CIFAR_MODELS
 
 BASIC = [(16, 32), (32, 16), (64, 8)]
@@ -40,6 +46,8 @@ EXTERNAL = [
     ("torchvision:mobilenet_v2", None, [24, 32, 96, 320], [False] * 4),
     ("torchvision:shufflenet_v2_x1_0", None, [116, 232, 464], [True] * 3),
     ("timm:resnet18", None, [64, 128, 256, 512], [True] * 4),
+    ("timm:skresnet18", None, [64, 128, 256, 512], [True] * 4),
+    ("timm:res2net50_14w_8s", None, [256, 512, 1024, 2048], [True] * 4),
     ("timm:tf_efficientnet_lite0", None, [24, 40, 112, 320], [False] * 4),
     ("timm:mobilenetv2_050", None, [16, 16, 48, 160], [False] * 4),
     ("torchvision:resnet18", RESNET_LAYERS, [64, 128, 256, 512], [True] * 4),
@@ -284,3 +292,75 @@ def test_subclass_with_its_own_forward_is_not_cut_as_its_parent() -> None:
 
     with pytest.raises(UsageError, match="Scaled has no known stages"):
         split_stages(Scaled(BasicBlock, [1, 1, 1, 1]))
+
+
+class ChannelsLast(nn.Module):
+    """Its second stage gives [B, H, W, C], of a square image as large as its channels are many."""
+
+    def __init__(self, side: int | None = None) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(side or 1, side or 1))  # takes one size alone
+        self.first, self.second = nn.Conv2d(3, 32, 1), nn.Linear(32, 16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.grid
+        return self.fc(self.second(self.first(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("side", [None, 64])
+def test_channels_in_another_place_are_refused(side: int | None) -> None:
+    """Of images of 16 px the prompt blocks would convolve the rows, without a word."""
+    model = ChannelsLast(side)
+    assert split_stages(model, ("first",)).channels == [32]
+    shape = r"\[2, \d+, \d+, 16\]: expected \[B, C, H, W\]"
+    with pytest.raises(UsageError, match=f"stage 2 of ChannelsLast returns shape {shape}"):
+        split_stages(model, ("first", "second"))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "words"),
+    [
+        ("torchvision:vit_b_32", ("encoder.layers.encoder_layer_5",), "returns tokens"),
+        ("torchvision:swin_t", ("features.1", "features.3"), "stage 1 of SwinTransformer returns"),
+        ("timm:swin_tiny_patch4_window7_224", ("layers.0",), "stage 1 of SwinTransformer returns"),
+    ],
+)
+def test_prompt_blocks_ask_for_maps(name: str, at: tuple[str, ...], words: str) -> None:
+    with torch.device("meta"):
+        teacher = create_model(name, num_classes=10)
+    with pytest.raises(UsageError, match=words) as error:
+        DualPathTeacher(teacher, at=at)
+    assert "\n" not in str(error.value)
+
+
+class Tokens(nn.Module):
+    """A stage of maps, then one of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = (
+            nn.Conv2d(3, 8, 2, 2),
+            nn.Linear(8, 16),
+            nn.Linear(16, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.second(self.first(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_prompt_blocks_of_a_stage_before_the_tokens() -> None:
+    at = ("first", "second")
+    split = split_stages(Tokens(), at)
+    assert (split.channels, split.width, split.is_map) == ([8, 16], 16, [True, False])
+    with pytest.raises(UsageError, match="stage 2 of Tokens returns tokens"):
+        DualPathTeacher(Tokens(), at=at)
+    dual = DualPathTeacher(Tokens(), prompt=PromptConfig(insert_stages=(1,)), at=at)
+    assert dual(torch.randn(2, 3, 8, 8)).prompt_logits.shape == (2, 10)
+
+
+def test_a_model_that_is_not_built_as_its_class_is_says_how_to_name_its_stages() -> None:
+    model = create_model("torchvision:resnet18", num_classes=10)
+    del model.layer4
+    with pytest.raises(UsageError, match=r"not built as expected .*layer4.*pass --teacher\.stages"):
+        split_stages(model)

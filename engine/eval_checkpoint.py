@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .config import DataConfig, EmaChoice, RunConfig, from_dict
@@ -22,6 +21,7 @@ from .machine import pick_device
 from .metrics import evaluate
 from .models import create_model
 from .models.input_norm import InputNorm, stated_norm
+from .models.parts import channels_last
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def evaluate_checkpoint(
     norm = trained.norm(data.num_classes)
     if norm is not None and not options.keys() & {"mean", "std"}:
         data = dataclasses.replace(data, mean=norm.mean, std=norm.std)
-    network = network.eval().to(device=where, memory_format=torch.channels_last)  # type: ignore
+    network = channels_last(network.eval(), where)
     with measured_kernels():  # as in a run, nothing fused serves that was not compared
         accuracy = evaluate(network, data, batch_size=batch_size, workers=trained.config.workers)
     return EvalResult(
