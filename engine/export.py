@@ -155,7 +155,7 @@ def export_student(
         write = write_safetensors if name == "safetensors" else write_onnx
         say(write(source, model, targets[name]))
         written.append(targets[name])
-    if source.has_ema and not ema:
+    if source.has_ema and not source.is_ema:
         say(f"{source.record.folder}: these are the raw weights; --ema takes their EMA")
     return written
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, UsageError
 from ..files import first_line
+from .key_maps import renamed
 from .names import unknown_name
 from .parts import Parts, pooled_head
 from .trace import ends_in_relu
@@ -41,7 +42,7 @@ def create_torchvision(architecture: str, num_classes: int, weights: str | None)
         raise DataError(
             f"cannot download {entry} from {entry.url} ({first_line(error)}); pass a file instead"
         ) from error
-    load_strict(model, state, str(entry))
+    load_strict(model, renamed(state, model, str(entry)), str(entry))
     return model
 
 

@@ -57,8 +57,6 @@ def renamed(state: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[
         DataError: A name of a known package that the model has no place for.
     """
     own = model.state_dict()
-    if own.keys() & state.keys():
-        return dict(state)
     for is_theirs, is_ours, name_of in _KNOWN:
         if is_theirs <= state.keys() and is_ours <= own.keys():
             names = {key: name_of(key, state, own) for key in state}
@@ -91,6 +89,15 @@ def _timm_efficientnet_name(
     return f"{places[number]}.{name}.{tensor}" if name and number < len(places) else None
 
 
+def _torchvision_densenet_name(
+    key: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]
+) -> str | None:
+    """Today's name of a tensor of torchvision's DenseNet, whose published files are older than the
+    rule that a module's name has no dot: `denselayer1.norm.1.weight` is `denselayer1.norm1.weight`.
+    """
+    return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
+
+
 def _blocks(ours: Mapping[str, Tensor]) -> list[str]:
     """`blocks.<group>.<number>` in order of execution."""
     found = {(int(m[1]), int(m[2])) for key in ours if (m := _BLOCK.match(key))}
@@ -105,5 +112,10 @@ _KNOWN: tuple[tuple[set[str], set[str], _NameOf], ...] = (
         {"_conv_stem.weight", "_conv_head.weight", "_fc.weight"},
         {"conv_stem.weight", "conv_head.weight", "classifier.weight"},
         _timm_efficientnet_name,
+    ),
+    (
+        {"features.denseblock1.denselayer1.norm.1.weight"},
+        {"features.denseblock1.denselayer1.norm1.weight"},
+        _torchvision_densenet_name,
     ),
 )

@@ -116,9 +116,12 @@ def load_weights(
     source = str(weights)
     tables = read_tables(weights)
     found = _networks(tables, model)
-    chosen = _choose(found, model, ema, source, say).tensors if found else None
+    notes: list[str] = []
+    chosen = _choose(found, model, ema, source, notes.append).tensors if found else None
     state = _likest(tables, model) if chosen is None else chosen
     load_strict(model, renamed(state, model, source), source)
+    for note in notes:
+        say(note)
 
 
 def read_tables(weights: str | Path) -> list[Table]:
@@ -180,10 +183,11 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     misshapen = [key for key in shared if state_dict[key].shape != expected[key].shape]
     strange = [key for key in shared if not _can_hold(state_dict[key], expected[key])]
     if not (missing or unexpected or misshapen or strange):
-        # A plain dict carries no version: PyTorch then fills in a missing num_batches_tracked.
         state = {k: state_dict[k].detach().to(expected[k].dtype) for k in shared}
         check_values(state, source)
-        model.load_state_dict(state)
+        # With the model's own versions of its layers: these are its names, and some layers ask.
+        expected.update(state)
+        model.load_state_dict(expected)
         return
 
     classes = _class_counts(model, state_dict, misshapen)

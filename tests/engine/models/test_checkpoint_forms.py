@@ -264,6 +264,12 @@ def test_an_average_that_is_alone_is_used_and_said(tmp_path, average):
     assert "expected the raw ones for --teacher.ema no" in refusal(path, ema="no")
 
 
+def test_of_what_is_refused_nothing_else_is_said(tmp_path, raw, average, capsys):
+    torch.save(timm(damaged(raw, "fc.bias", float("nan")), average), tmp_path / "w.pth")
+    assert "fc.bias: 1 of 10 values" in refusal(tmp_path / "w.pth")
+    assert capsys.readouterr().out == ""
+
+
 def test_an_average_that_is_not_there_is_refused(tmp_path, raw):
     path = tmp_path / "w.pth"
     torch.save({"model": raw}, path)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -95,6 +96,23 @@ def test_names_that_are_not_theirs_stay(model):
     other = create_model("cifar:resnet8", num_classes=10)
     foreign = {"_conv_stem.weight": torch.zeros(1), "_conv_head.weight": torch.zeros(1)}
     assert renamed(foreign, other, "file").keys() == foreign.keys()
+
+
+def test_published_files_of_torchvisions_densenet(tmp_path, monkeypatch):
+    """Their names are older than the model's: torchvision itself renames them as it loads."""
+    torch.manual_seed(0)
+    source = create_model("torchvision:densenet121", num_classes=1000)
+    own = source.state_dict()
+    older = {
+        re.sub(r"(denselayer\d+\.)(norm|conv)([12])\.", r"\1\2.\3.", key): value
+        for key, value in own.items()
+    }
+    assert "features.denseblock4.denselayer16.conv.2.weight" in older
+    torch.save({"state_dict": {f"module.{k}": v for k, v in older.items()}}, tmp_path / "w.pth")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: older)
+    for weights in (str(tmp_path / "w.pth"), "DEFAULT"):
+        found = create_model("torchvision:densenet121", num_classes=1000, weights=weights)
+        assert all(torch.equal(found.state_dict()[key], value) for key, value in own.items())
 
 
 # package: ---------------------------------------------------------------------------------------
