@@ -151,6 +151,13 @@ def add(name):
     return lambda root: save(root / name, 77)
 
 
+def without_inner_folders(root):
+    for inner in root.glob(f"{TINY}/train/*/images"):
+        for path in inner.iterdir():
+            path.rename(inner.parent / path.name)
+        inner.rmdir()
+
+
 def nothing(root):
     """A sound one."""
 
@@ -259,9 +266,7 @@ ZOO = {
     ),
     "tiny, without images/ in train": (
         tiny, "tiny_imagenet",
-        lambda root: [
-            path.rename(path.parents[1] / path.name) for path in root.glob(f"{TINY}/train/*/images/*")
-        ] + [path.rmdir() for path in root.glob(f"{TINY}/train/*/images")], 0, "val/images/ by",
+        without_inner_folders, 0, "val/images/ by",
     ),
     "tiny, sorted wrongly": (
         lambda root: tiny(root, "sorted"), "tiny_imagenet",
