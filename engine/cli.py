@@ -48,7 +48,7 @@ VERBS = {
     "export": "student as safetensors and ONNX: dfptkd export CHECKPOINT [--out DIR]",
     "plan": "what a run will need, and whether it fits: dfptkd plan RECIPE [--probe] [options]",
     "profile": "time, FLOPs, memory by component: dfptkd profile RECIPE [--steps N] [--trace FILE]",
-    "verify-data": "find what a run would refuse in a data folder: dfptkd verify-data DIR",
+    "verify-data": "what a run would refuse in a folder: dfptkd verify-data DIR [--out FILE]",
     "bench": "measurements: dfptkd bench kernels|step|data|overhead|optim|first|compare [options]",
     "study": "a declared set of runs, and its record: dfptkd study NAME --budget full|short|cpu",
     "doctor": "what is installed and what is lost without the rest: dfptkd doctor [--build-native]",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from .order import Stream, hash_bits, uniforms
 
 _SCALE = (0.08, 1.0)  # share of the image's area
@@ -172,11 +173,16 @@ def crop_rule(kind: str, side: int, padding: int | None) -> CropRule:
         kind: photographs, small or stretched.
         side: Of the squares that come out, in pixels.
         padding: Of small images in training, in pixels; None: an eighth of their side.
+
+    Raises:
+        UsageError: There is no such kind.
     """
     if kind == "stretched":
         return CropRule(kind, StretchedCrop(random=True), StretchedCrop(random=False))
     if kind == "photographs":
         return CropRule(kind, RandomResizedCrop(), CenterCrop())
+    if kind != "small":
+        raise UsageError(f"data.crops={kind!r}: expected auto, photographs, small or stretched")
     whole = CenterCrop(resize=1.0)
     return CropRule(kind, whole, whole, side // 8 if padding is None else padding)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,32 +79,50 @@ def find_quarantine(found: FileSet, given: str | None) -> tuple[Quarantine, Path
     Raises:
         DataError: It cannot be read or is none; or it was named, and lists other files.
     """
-    inner = found.folder.split("/") if found.folder else []
-    below = ["/".join(inner[: i + 1]) for i in range(len(inner))]
     if given is not None:
         path = Path(given).expanduser()
-    else:
-        places = [found.root, *(found.root / folder for folder in below), found.root.parent]
-        there = [place / LIST_NAME for place in places if (place / LIST_NAME).exists()]
-        if not there:
-            return Quarantine(0, {}), None
-        path = there[0]
-    quarantine = read_quarantine(path)
-    names = quarantine.images
+        quarantine = read_quarantine(path)
+        names = _from_root(quarantine.images, found)
+        if quarantine.images and not names:
+            raise DataError(
+                f"{path}: {next(iter(quarantine.images))!r} and the others are not below "
+                f"{found.root}: expected a list by dfptkd verify-data {found.root}"
+            )
+        return Quarantine(quarantine.checked, names), path
+    for folder in ("", *_folders_below(found)):
+        path = found.root / folder / LIST_NAME
+        if path.exists():
+            quarantine = read_quarantine(path)
+            return Quarantine(quarantine.checked, _from_root(quarantine.images, found)), path
+    path = found.root.parent / LIST_NAME
+    with suppress(DataError):  # what lies above is not this data set's, unless it says so
+        quarantine = read_quarantine(path)
+        if names := _from_root(quarantine.images, found):
+            return Quarantine(quarantine.checked, names), path
+    return Quarantine(0, {}), None
+
+
+def _folders_below(found: FileSet) -> list[str]:
+    """The folder of a data set below its root, and those between the two."""
+    parts = found.folder.split("/") if found.folder else []
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _from_root(listed: dict[str, str], found: FileSet) -> dict[str, str]:
+    """A list by paths below the data set's root, whatever folder it was written for; empty if it
+    names none of the images."""
     above = Path(os.path.abspath(found.root)).name + "/"
-    for listed in (
-        names,
-        *({f"{folder}/{name}": why for name, why in names.items()} for folder in below),
-        {name.removeprefix(above): why for name, why in names.items() if name.startswith(above)},
+    for names in (
+        listed,
+        *(
+            {f"{folder}/{name}": why for name, why in listed.items()}
+            for folder in _folders_below(found)
+        ),
+        {name.removeprefix(above): why for name, why in listed.items() if name.startswith(above)},
     ):
-        if found.train.among(listed).any() or found.test.among(listed).any():
-            return Quarantine(quarantine.checked, listed), path
-    if given is not None and names:
-        raise DataError(
-            f"{path}: {next(iter(names))!r} and the others are not below {found.root}: expected a "
-            f"list by dfptkd verify-data {found.root}"
-        )
-    return Quarantine(quarantine.checked, {}), path
+        if found.train.among(names).any() or found.test.among(names).any():
+            return names
+    return {}
 
 
 def check_share(listed: Tensor, cap: float, path: Path | None) -> None:

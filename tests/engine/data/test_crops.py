@@ -150,6 +150,8 @@ def test_what_a_user_asks_for_comes_before_the_rule(tmp_path):
     assert np.abs(evaluated(data) - expected).max() <= 1
     assert data.train.batch(torch.arange(2), seed=0, epoch=0).crop is None
     assert "(--data.crops photographs)" in data.preprocessing["in_words"]
+    with pytest.raises(UsageError, match=r"data.crops='round': expected auto, photographs"):
+        load(tmp_path, crops="round")
     with pytest.raises(UsageError, match=r"data.crops='small' with data.name='cifar10'"):
         load_data(DataConfig(name="cifar10", crops="small"), CPU)
 

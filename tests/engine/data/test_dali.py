@@ -20,7 +20,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 CPU = torch.device("cpu")
 SIDE = 48
-CROPS = [RandomResizedCrop(), StretchedCrop(random=True), CenterCrop()]
+CROPS = [RandomResizedCrop(), StretchedCrop(random=True), CenterCrop(), CenterCrop(resize=1.0)]
 
 
 def picture(width, height, seed=0):

@@ -44,13 +44,14 @@ def test_place_loader_and_limits_do_not_count(tmp_path):
          ["classes"]),
         (lambda root: (root / "train/ant/0.jpg").rename(root / "train/ant/9.jpg"), ["train"]),
         (lambda root: (root / "train/ant/0.jpg").unlink(), ["train"]),
-        (lambda root: (root / "val/bee/3.jpg").rename(root / "val/ant/4.jpg"), ["test"]),
+        (lambda root: (root / "val/bee/own.jpg").rename(root / "val/ant/own.jpg"), ["test"]),
         (lambda root: (root / "val/bee/3.jpg").write_bytes(encoded(picture(7))), ["test"]),
     ],
     ids=["class", "name", "number", "label", "bytes"],
 )  # fmt: skip
 def test_what_is_another_data_set(tmp_path, change, parts):
     write_folder(tmp_path)
+    (tmp_path / "val/bee/own.jpg").write_bytes(encoded(picture(9)))
     before = identity(tmp_path)
     change(tmp_path)
     assert different(before, identity(tmp_path)) == parts

@@ -1,6 +1,7 @@
 """A zoo of image folders, sound and damaged: verify-data and a run agree on every one of them."""
 
 import io
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -150,6 +151,13 @@ def add(name):
     return lambda root: save(root / name, 77)
 
 
+def without_inner_folders(root):
+    for inner in root.glob(f"{TINY}/train/*/images"):
+        for path in inner.iterdir():
+            path.rename(inner.parent / path.name)
+        inner.rmdir()
+
+
 def nothing(root):
     """A sound one."""
 
@@ -255,6 +263,10 @@ ZOO = {
     "tiny, sorted without annotations": (
         lambda root: tiny(root, "inner"), "tiny_imagenet",
         remove(f"{TINY}/val/val_annotations.txt"), 0, "val/ sorted by class",
+    ),
+    "tiny, without images/ in train": (
+        tiny, "tiny_imagenet",
+        without_inner_folders, 0, "val/images/ by",
     ),
     "tiny, sorted wrongly": (
         lambda root: tiny(root, "sorted"), "tiny_imagenet",
@@ -379,8 +391,8 @@ def test_the_images_of_an_odd_layout_are_the_right_ones(tmp_path):
     assert names == [f"ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2, 4, 5)]
     assert data.test.files.name(0).startswith(f"{KAGGLE}/val/")
     # the folder that holds train/ serves as the root too, with the labels where Kaggle puts them
-    inner = loaded("imagenet", tmp_path / "kaggle" / KAGGLE)
-    assert inner.identity == data.identity
+    for inner in (KAGGLE, "ILSVRC"):
+        assert loaded("imagenet", tmp_path / "kaggle" / inner).identity == data.identity
     flat, in_folders = (loaded("tiny_imagenet", tmp_path / n) for n in ("flat", "sorted"))
     assert flat.identity == in_folders.identity
     assert in_folders.test.labels.tolist() == [0, 0, 1, 1]
@@ -403,6 +415,16 @@ def test_a_list_is_found_from_the_root_and_from_the_folder_in_it(written_for, tm
     )  # fmt: skip
     data = load_data(config, CPU)
     assert data.train.listed.tolist() == [False, True, False, False]
+
+
+def test_a_list_above_the_root_that_is_not_of_its_images_is_none(tmp_path):
+    folder(tmp_path / "data")
+    config = DataConfig(name="folder", root=str(tmp_path / "data"), image_size=16)
+    for text in ("no list", json.dumps(
+        {"format": "dfptkd.quarantine/1", "checked": 1, "images": {"others/train/ant/0.png": "x"}}
+    )):  # fmt: skip
+        (tmp_path / LIST_NAME).write_text(text)
+        assert load_data(config, CPU).train.listed is None
 
 
 def test_who_takes_the_place_of_a_listed_image(tmp_path):
