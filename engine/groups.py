@@ -202,6 +202,13 @@ def options_read(run: RunRecord) -> dict[str, Any]:
     sha256 = (run.run.get("teacher") or {}).get("sha256")
     if sha256 and reads(run.method, "teacher.sha256"):
         options["teacher.sha256"] = sha256[:8]
+    # What the images were normalised by, whoever said so; by the data's in runs older than that.
+    data = run.run.get("data") or {}
+    for network in ("student", "teacher"):
+        own = run.run.get(network) or {}
+        for part in ("mean", "std"):
+            if reads(run.method, f"{network}.{part}"):
+                options[f"{network}.{part}"] = own.get(part) or data.get(part)
     return options
 
 
