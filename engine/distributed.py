@@ -92,7 +92,8 @@ class World:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise DfptkdError(
                 f"rank {self.rank}: the {self.size} processes of the run have not met at {place} "
-                f"{limit} ({first_line(error)}): expected all of them started, and a free port"
+                f"{limit} ({first_line(error)[:200]}): expected all of them started, and a free "
+                "port"
             ) from error
         try:
             try:
@@ -106,7 +107,7 @@ class World:
                 raise
             raise DfptkdError(
                 f"rank {self.rank}: another process is gone, or has not answered {limit} "
-                f"({first_line(error)}); what it said last is the cause"
+                f"({first_line(error)[:200]}); what it said last is the cause"
             ) from error
         finally:  # after a failure too: the others then fail at once and do not wait
             self.control = None
