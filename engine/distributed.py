@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import DataError, DfptkdError, NumericError, Stopped, StorageError, UsageError
+from .files import first_line
 from .preemption import StopRequest
 
 Result = TypeVar("Result")
@@ -84,7 +85,16 @@ class World:
         if self.size == 1 or self.control is not None:
             yield
             return
-        self._connect(device, timedelta(seconds=timeout_s))
+        limit = f"within --step.timeout {timeout_s:g} s"
+        try:
+            self._connect(device, timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise DfptkdError(
+                f"rank {self.rank}: the {self.size} processes of the run have not met at {place} "
+                f"{limit} ({first_line(error)[:200]}): expected all of them started, and a free "
+                "port"
+            ) from error
         try:
             try:
                 yield
@@ -92,6 +102,13 @@ class World:
                 self.exchange(None)
                 raise
             self.exchange(None)  # a launcher ends the others when one leaves: none before all can
+        except RuntimeError as error:
+            if not is_of_others(error):
+                raise
+            raise DfptkdError(
+                f"rank {self.rank}: another process is gone, or has not answered {limit} "
+                f"({first_line(error)[:200]}); what it said last is the cause"
+            ) from error
         finally:  # after a failure too: the others then fail at once and do not wait
             self.control = None
             dist.destroy_process_group()
@@ -262,6 +279,11 @@ class World:
 
 
 SINGLE = World()
+
+
+def is_of_others(error: BaseException) -> bool:
+    """Whether an error of torch's says that another process does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def accumulating(replicas: nn.Module, is_last: bool) -> AbstractContextManager:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from .config import RunConfig
 from .data.torchvision_loader import worker_died
-from .distributed import World
+from .distributed import World, is_of_others
 from .errors import DfptkdError, OutOfMemory
 from .files import first_line
 
@@ -33,7 +32,7 @@ def explained(error: BaseException, doing: str, config: RunConfig, world: World)
         )
     if "DataLoader worker" in str(error):
         return worker_died(error, config.data.workers)
-    if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    if world.size > 1 and is_of_others(error):
         return DfptkdError(
             f"rank {world.rank}: another process is gone, or has not answered within "
             f"--step.timeout {config.step.timeout:g} s, in {doing} ({_short(error)}); what it said "

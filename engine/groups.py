@@ -200,6 +200,12 @@ def options_read(run: RunRecord) -> dict[str, Any]:
     facts = DataRecord.from_record(data).facts()
     options |= {f"data.{name}": value for name, value in facts.items()}
     options["extended"] = extensions_of(run.run) or "no"
+    # What the images were normalised by, whoever said so; by the data's in runs older than that.
+    for network in ("student", "teacher"):
+        own = run.run.get(network) or {}
+        for part in ("mean", "std"):
+            if reads(run, f"{network}.{part}"):
+                options[f"{network}.{part}"] = own.get(part) or data.get(part)
     return options
 
 

@@ -60,13 +60,18 @@ def _join(rank: int, size: int, port: int) -> None:
     }  # fmt: skip
 
 
+def free_port() -> int:
+    """One that nobody listens on yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def in_ranks(
     config: RunConfig, *faults: Fault, folder: Path, size: int = 2, wait_s: float = TIMEOUT_S
 ) -> list[Ended]:
     """`train` in several processes; those that have not ended after `wait_s` get the code 1000."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     said = [folder / f"rank{rank}-output.txt" for rank in range(size)]
     ranks = [
         start(_child, rank_of, (rank, size, port, config, *faults), str(said[rank]))
@@ -511,6 +516,17 @@ class HangInStep(AtStep):
 
     def happen(self, step: Any) -> None:
         time.sleep(LONG_S)
+
+
+@dataclass(frozen=True)
+class DieAtModel(Fault):
+    """A rank is gone when it makes its networks."""
+
+    rank: int
+
+    def install(self) -> None:
+        if os.environ["RANK"] == str(self.rank):
+            train_module.create_model = lambda *args, **options: os._exit(9)
 
 
 @dataclass(frozen=True)

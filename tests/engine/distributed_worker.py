@@ -19,7 +19,7 @@ from dfptkd.engine.cli import main
 from dfptkd.engine.config import DataConfig, LossConfig, OptimConfig, RunConfig, StepConfig
 from dfptkd.engine.data import load_data, train_batches
 from dfptkd.engine.distributed import SINGLE, World
-from dfptkd.engine.errors import DataError
+from dfptkd.engine.errors import DataError, DfptkdError
 from dfptkd.engine.methods import build_method
 from dfptkd.engine.methods.base import Samples
 from dfptkd.engine.metrics import Evaluator
@@ -258,7 +258,7 @@ def hang(world):
                     time.sleep(0.1)
             else:
                 world.exchange(None)
-    except RuntimeError as error:
+    except DfptkdError as error:
         return {"error": str(error), "seconds": time.monotonic() - started}
     return None
 

@@ -1,6 +1,7 @@
 """Backends by measurement: what is wrong or slow does not serve, what was found is remembered, on
 record, and binding."""
 
+import fcntl
 import importlib
 import json
 import subprocess
@@ -849,3 +850,16 @@ def test_the_cache_is_whole_under_writers_at_the_same_time(native_wins):
     modes = {mode for mode, _ in KernelCache("").of_machine("cpu")}
     assert modes == {"eager", "mode0", "mode1", "mode2", "mode3"}
     assert choice == KernelCache("mode3").find(choice.site, choice.images)
+
+
+def test_a_lock_that_nobody_gives_back_holds_no_run_up(native_wins, own_cache, monkeypatch):
+    """Of a process that was halted while it wrote; it had waited for ever."""
+    choice = choose("frozen_relu")
+    monkeypatch.setattr(kernel_cache, "LOCK_WAIT_S", 0.1)
+    with open(f"{own_cache}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        settling = threading.Thread(target=KernelCache("late").settle, args=[choice], daemon=True)
+        settling.start()
+        settling.join(20)
+        assert not settling.is_alive()
+    assert "late" in {mode for mode, _ in KernelCache("").of_machine("cpu")}

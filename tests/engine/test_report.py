@@ -247,6 +247,19 @@ def test_M30_says_whether_dfpt_is_above_kd(tmp_path, dfpt, holds):
     assert comparison.detail == f"{dfpt - 70:+.2f} ± 0.08 points, n = 3 and 3"
 
 
+def test_images_normalised_otherwise_are_another_group(tmp_path):
+    """Whoever said so; a run that is older than that did as the data says."""
+    own = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    other = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    folders = [make_run(tmp_path, seed=seed) for seed in range(4)]
+    for folder, teacher in zip(folders, ({}, own, other, other), strict=True):
+        record = json.loads((folder / "run.json").read_text())
+        record["data"] = {**(record.get("data") or {}), **own}
+        record["teacher"] |= teacher
+        (folder / "run.json").write_text(json.dumps(record))
+    assert [len(group.runs) for group in summarise(map(read_run, folders))] == [2, 2]
+
+
 def test_M30_groups_with_other_options_are_not_compared(tmp_path):
     make_run(tmp_path, "kd", config={"global_batch": 64})
     make_run(tmp_path, "dfpt", config={"global_batch": 128})

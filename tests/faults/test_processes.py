@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from sample_images import write_folder
 from training_faults import (
     BlackForLost,
+    DieAtModel,
     DrawsOfWorker,
     Forgetful,
     HangInLoader,
@@ -43,9 +44,11 @@ from training_faults import (
     end_of,
     export_weights,
     export_weights_in_place,
+    free_port,
     in_ranks,
     on_pictures,
     program,
+    rank_of,
     train_with_workers,
 )
 
@@ -103,6 +106,22 @@ def test_row_6_a_rank_that_hangs_in_a_step_ends_and_so_does_who_waits_for_it(tmp
     assert newest(tmp_path / "a") == 4
     for ended in in_ranks(config, folder=tmp_path):
         assert ended.code == 0, ended.output
+
+
+def test_row_6_a_rank_that_dies_before_the_first_step_is_one_line_of_the_other(tmp_path):
+    first, second = in_ranks(tiny_config(tmp_path / "a"), DieAtModel(rank=1), folder=tmp_path)
+    assert (first.code, second.code) == (1, 9), first.output
+    assert "rank 0: another process is gone, or has not answered" in first.output
+    assert "Traceback" not in first.output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_row_6_processes_that_do_not_meet_say_so(tmp_path, rank):
+    config = impatient(tiny_config(tmp_path / "a"), step=1.0)
+    ended = in_child(rank_of, rank, 2, free_port(), config, folder=tmp_path)
+    assert ended.code == 1, ended.output
+    assert f"rank {rank}: the 2 processes of the run have not met at 127.0.0.1:" in ended.output
+    assert "Traceback" not in ended.output
 
 
 def test_row_6_control_unwatched_it_hangs(tmp_path):
