@@ -414,3 +414,18 @@ def test_table_is_plain_text_without_a_terminal(tmp_path):
     assert "\x1b" not in stream.getvalue()
     assert len(stream.getvalue().splitlines()) <= 4
     assert "[bold]" in stream.getvalue()
+
+
+def test_the_new_head_stands_apart_where_the_record_knows_it(tmp_path, capsys):
+    folder = make_run(tmp_path, overhead_percent=32.0)
+    path = folder / "run.json"
+    cost = json.loads(path.read_text())["cost"]
+    edit(path, cost=cost | {"new_head_params": 270, "new_head_macs": 2})
+    report([tmp_path], tmp_path / "report.html")
+    assert "32.0 (head 27.0)" in capsys.readouterr().out
+    assert "32.0 (head 27.0)" in (tmp_path / "report.html").read_text()
+    signatures = [
+        message for kind, message in failure_signatures(read_run(folder)) if kind == "overhead"
+    ]
+    assert len(signatures) == 1  # 5 % of the parameters, but 31.9 % of the MACs in blocks
+    assert "31.9 % to the teacher's MACs" in signatures[0]
