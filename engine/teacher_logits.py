@@ -158,7 +158,8 @@ def expected_hits(forms: int, draws: float) -> float:
     """Share of `draws` out of `forms`, each as likely, that have come up before."""
     if draws <= 0:
         return 0.0
-    return 1 - forms * (1 - (1 - 1 / forms) ** draws) / draws
+    # Less than one draw can repeat nothing; the mean below would be less than nothing then.
+    return max(1 - forms * (1 - (1 - 1 / forms) ** draws) / draws, 0.0)
 
 
 def folders(config: RunConfig) -> list[Path]:
