@@ -22,6 +22,7 @@ from .metrics import evaluate
 from .models import create_model
 from .models.input_norm import InputNorm, stated_norm
 from .models.parts import channels_last
+from .options import refuse_without_effect
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def evaluate_checkpoint(
 
     Raises:
         DataError: No trained network there, or no average, or the data set has other classes.
-        UsageError: A file does not say what it is, and neither does an option.
+        UsageError: A file does not say what it is, and neither does an option; or an option has no
+            effect on such data.
     """
     given = data_options | {
         "root": root, "limit": limit, "loader": loader, "quarantine": quarantine,
@@ -105,8 +107,9 @@ def evaluate_checkpoint(
     else:
         trained = _of_run(path, model, ema)
     where = pick_device(dataclasses.replace(RunConfig(), device=device))
-    # It is read once.
-    data = load_data(_data_config(trained.config, options | {"keep_test": False}), where)
+    asked = _data_config(trained.config, options)
+    refuse_without_effect([f"data.{n}" for n in options], [RunConfig(data=asked)], "eval")
+    data = load_data(dataclasses.replace(asked, keep_test=False), where)  # it is read once
     here = DataRecord.of(data)
     other = trained.data.other_classes(here)
     if other:

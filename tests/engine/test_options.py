@@ -442,6 +442,14 @@ def test_an_option_that_has_an_effect_is_taken(args):
     assert parse_run(verb, options) is not None
 
 
+def test_eval_refuses_options_without_effect(cells, read, capsys):
+    run_folder = cells.root / "ce/cell-ce-seed0"
+    for option in ("--data.root x", "--data.quarantine x", "--data.skip-quarantined"):
+        line = refused(capsys, f"eval {run_folder} {option}")
+        assert f"eval: {option.split()[0]} has no effect with data.name=synthetic" in line
+    assert main(["eval", str(run_folder), "--data.limit", "4", "--device", "cpu"]) == 0
+
+
 def test_train_teacher_takes_what_the_recipe_says_of_its_teacher(tmp_path):
     options = (
         "--teacher.name cifar:resnet14_s2 --teacher.epochs 7 --teacher.lr 0.3 "
