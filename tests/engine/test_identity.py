@@ -400,6 +400,20 @@ def test_eval_knows_the_files_that_runs_leave(root, data, tmp_path):
         assert found.notes == []
 
 
+def test_a_file_alone_says_how_its_images_were_cut(data, tmp_path):
+    """A network of photographs' crops is evaluated through them, wherever its file lies."""
+    config = make_config(tmp_path, data / "own", "ce", max_steps=1)
+    run(replace(config, data=replace(config.data, crops="photographs", loader="torchvision")))
+    file = tmp_path / "tiny-ce-seed0/student.safetensors"
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+    assert network_of(Path(alone)).data.preprocessing["crops"] == "photographs"
+    options = {"root": str(data / "own"), "loader": "torchvision", "device": "cpu"}
+    expected = evaluate_checkpoint(file.parent, **options).top1
+    assert evaluate_checkpoint(Path(alone), **options).top1 == expected
+    small = evaluate_checkpoint(Path(alone), crops="small", **options).top1
+    assert small == pytest.approx(accuracy(load_file(file), data / "own"))
+
+
 def test_eval_says_that_data_are_others_and_refuses_other_classes(root, data):
     folder = root / "teacher-folder-cifar-resnet8_s2-seed0"
     for path in (folder, folder / "teacher.safetensors"):
