@@ -199,6 +199,8 @@ def _config_of_record(data: DataRecord) -> DataConfig | None:
     values: dict[str, Any] = {"name": data.name}
     if data.name in SOURCES:
         values |= {"mean": data.mean, "std": data.std}
+        if data.preprocessing is not None and "crops" in data.preprocessing:
+            values["crops"] = data.preprocessing["crops"]
     if data.name in (*SOURCES, "synthetic") and len(set(data.image_size or ())) == 1:
         values["image_size"] = (data.image_size or ())[0]
     if data.name == "synthetic" and data.num_classes is not None:

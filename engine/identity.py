@@ -60,6 +60,8 @@ class DataRecord:
     """Height and width in pixels."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
+    """`ImageData.preprocessing`: how the images are cut."""
 
     @classmethod
     def of(cls, data: ImageData) -> DataRecord:
@@ -75,6 +77,7 @@ class DataRecord:
             tuple(data.image_size),
             tuple(data.mean),
             tuple(data.std),
+            data.preprocessing or None,
         )
 
     @classmethod
@@ -115,6 +118,7 @@ class DataRecord:
                 found[split] = sha256[:SHORT]
         if (names := found.pop("class_names", None)) is not None:
             found["classes"] = digest_of_names(names)[:SHORT]
+        found.pop("preprocessing", None)  # `data.crops` says it
         return found
 
     def __str__(self) -> str:
@@ -343,6 +347,7 @@ _DATA_KINDS: dict[str, Callable[[Any], Any]] = {
     "image_size": _all(_count),
     "mean": _all(_number),
     "std": _all(_number),
+    "preprocessing": lambda value: value if isinstance(value, dict) else None,
 }
 _NETWORK_KINDS: dict[str, Callable[[Any], Any]] = {
     "model": _text,

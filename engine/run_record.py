@@ -46,7 +46,7 @@ def run_record(
         "commit": commit(),
         "hardware": hardware(device),
         "world_size": world.size,
-        "data": DataRecord.of(data).record() | {"preprocessing": data.preprocessing},
+        "data": DataRecord.of(data).record(),
         "teacher": teacher,
         "cost": costs,
         "not_known_from_paper": {

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dfptkd.engine import eval_checkpoint as eval_module
 from dfptkd.engine.alarms import chance_warning
 from dfptkd.engine.checkpoint import load_checkpoint, save_checkpoint
 from dfptkd.engine.cli import main, parse_run
@@ -398,6 +399,27 @@ def test_eval_knows_the_files_that_runs_leave(root, data, tmp_path):
         assert found.top1 == pytest.approx(expected)
         assert found.logged == pytest.approx(expected, abs=1e-3)
         assert found.notes == []
+
+
+def test_a_file_alone_says_how_its_images_were_cut(data, tmp_path, monkeypatch):
+    """A network of photographs' crops is evaluated through them, wherever its file lies."""
+    config = make_config(tmp_path, data / "own", "ce", max_steps=1)
+    run(replace(config, data=replace(config.data, crops="photographs", loader="torchvision")))
+    file = tmp_path / "tiny-ce-seed0/student.safetensors"
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+    assert network_of(Path(alone)).data.preprocessing["crops"] == "photographs"
+    real, cut = eval_module.load_data, []
+    monkeypatch.setattr(
+        eval_module,
+        "load_data",
+        lambda config, *rest: cut.append(config.crops) or real(config, *rest),
+    )
+    options = {"root": str(data / "own"), "loader": "torchvision", "device": "cpu"}
+    for path in (file.parent, Path(alone)):
+        evaluate_checkpoint(path, **options)
+    small = evaluate_checkpoint(Path(alone), crops="small", **options).top1
+    assert cut == ["photographs", "photographs", "small"]
+    assert small == pytest.approx(accuracy(load_file(file), data / "own"))
 
 
 def test_eval_says_that_data_are_others_and_refuses_other_classes(root, data):

@@ -218,7 +218,7 @@ def test_a_run_from_before_the_rule_goes_on_and_is_evaluated_as_it_was(tmp_path,
     with pytest.raises(DataError, match="RandomResizedCrop"):
         run(
             dataclasses.replace(
-                config, max_steps=None, epochs=3,
+                config, max_steps=None, epochs=3, resume="extend",
                 data=dataclasses.replace(config.data, crops="small"),
             )
         )  # fmt: skip
