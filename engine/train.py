@@ -507,6 +507,7 @@ class Trainer:
 
         Yields after every step, so that several runs can take turns.
         """
+        self.last_step = time.monotonic()  # what others do before its first turn is theirs
         if record["teacher"] is not None:
             self.teacher_sha256 = record["teacher"]["sha256"]
         if checkpoint is not None:
@@ -539,6 +540,8 @@ class Trainer:
                     raise explanation from error
                 raise
             finally:
+                if self.joint is not None and self.stretch is None:  # its last evaluation
+                    self.joint.aside += time.monotonic() - self.last_step
                 self.log.close()
         return RunResult(self.out, self.progress.step, self.progress.last, self.progress.best)
 

@@ -46,7 +46,7 @@ def load_data(config: DataConfig, device: torch.device) -> ImageData:
             if getattr(config, name) is not None:
                 raise UsageError(
                     f"data.{name} with data.name={config.name!r}: expected image files; the others "
-                    "have their own"
+                    "have their own (a teacher's: --teacher.mean, --teacher.std)"
                 )
         if config.crops != "auto":
             raise UsageError(
