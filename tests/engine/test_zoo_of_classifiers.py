@@ -19,6 +19,7 @@ from dfptkd.engine.errors import UsageError
 from dfptkd.engine.models import create_model
 from dfptkd.engine.models.cost import teacher_cost
 from dfptkd.engine.models.fit import Demand
+from dfptkd.engine.models.frozen import freeze
 
 SMALL = "cifar:resnet8_s2"
 SIZES = {"torchvision:inception_v3": 299}
@@ -122,7 +123,11 @@ def test_a_classifier_trains_for_a_step_or_is_refused_in_one_line(name, tmp_path
         f"--data.num-classes 10 --data.image-size {side} --global-batch 2 --epochs 1 "
         f"--teacher.weights {weights} --out-root {tmp_path} --method"
     ).split()
-    network = create_model(name, num_classes=10)
+    network = create_model(name, num_classes=10).eval()
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        logits, frozen = network(images), freeze(network, fold=True)(images)
+    assert (frozen - logits).abs().max() < 1e-5 * logits.abs().max()
     for teacher, student, method in (
         (SMALL, name, "kd"),
         (name, SMALL, "kd"),
