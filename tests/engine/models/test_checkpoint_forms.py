@@ -193,6 +193,7 @@ BOTH: dict[str, Callable[[State, State], Any]] = {
     "Lightning, EMA": lambda r, e: {
         "state_dict": prefixed("model.", r) | prefixed("model_ema.module.", e)
     },
+    "EMA in the network": lambda r, e: r | prefixed("ema.", averaged_model(e)),
     "EMA nested": lambda r, e: {"state": {"model": r, "ema": {"module": e, "decay": 0.99}}},
 }
 
@@ -303,6 +304,10 @@ REFUSED: dict[str, tuple[Callable[[State, State], Any], str]] = {
     "a distiller of equal networks": (
         mdistiller,
         r"\('model', names behind 'module\.student\.'; 'model', names behind 'module\.teacher\.'\)",
+    ),
+    "a distiller that is its own student": (
+        lambda r, e: {"state_dict": r | prefixed("teacher.", e)},
+        r"\('state_dict'; 'state_dict', names behind 'teacher\.'\)",
     ),
     "a whole network": (
         lambda r, e: filled(r),
