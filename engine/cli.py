@@ -542,6 +542,8 @@ def _eval(args: list[str]) -> int:
     options = _parse(parser, args)
     if options is None:
         return 0
+    if options.batch < 1:
+        raise UsageError(f"--batch {options.batch}: expected 1 or more")
     from .eval_checkpoint import evaluate_checkpoint
 
     result = evaluate_checkpoint(

@@ -15,7 +15,7 @@ from .data import SOURCES, load_data
 from .data.crops import crops_of_record
 from .errors import DataError, UsageError
 from .export import is_of_run, read_source
-from .identity import DataRecord, network_of
+from .identity import DataRecord, network_of, same_model
 from .kernel_choice import measured_kernels
 from .machine import pick_device
 from .metrics import evaluate
@@ -58,6 +58,8 @@ class Trained:
     """By what its images are normalised, for so many classes; None: as the data say."""
     top1: float | None
     weights: str = ""
+    notes: list[str] = field(default_factory=list)
+    """What speaks against it, a line each."""
 
 
 def evaluate_checkpoint(
@@ -114,7 +116,7 @@ def evaluate_checkpoint(
             f"{path}: trained on other classes ({other[0]}): expected the data set that it was "
             "trained on"
         )
-    notes = [
+    notes = [*trained.notes] + [
         f"not the test images of its training: {difference}"
         for difference in trained.data.other_images(here, "test")
     ]
@@ -142,7 +144,7 @@ def _of_run(path: Path, model: str | None, ema: bool) -> Trained:
     """The network of a run folder, of a checkpoint folder in one, or of a file in either."""
     source = read_source(path, ema=ema)
     config = from_dict(RunConfig, source.record.run["config"])
-    if model not in (None, config.student):
+    if model is not None and not same_model(model, config.student):
         raise UsageError(f"--model {model}: {path} holds a {config.student}: expected no --model")
     crops = crops_of_record(source.record.run["config"]["data"])
     return Trained(
@@ -178,14 +180,17 @@ def _of_file(path: Path, model: str | None, options: Mapping[str, Any], ema: boo
             )
         config = from_dict(DataConfig, {"name": options["name"]}, "data.")
     which: EmaChoice = "yes" if ema else "auto"
+    # A network of the same names and shapes, of another stride, takes the weights too.
+    is_other = known.model is not None and not same_model(known.model, name)
     return Trained(
         name,
         lambda classes: create_model(name, num_classes=classes, weights=str(path), ema=which),
         known.data,
         config,
         lambda classes: stated_norm(name, str(path), classes),
-        known.top1,
+        None if is_other else known.top1,
         "EMA" if ema else "",
+        [f"{path} says that it is {known.model}, not {name}"] if is_other else [],
     )
 
 
@@ -209,6 +214,11 @@ def _config_of_record(data: DataRecord) -> DataConfig | None:
 def _data_config(config: DataConfig, options: Mapping[str, Any]) -> DataConfig:
     """The data to evaluate on: another data set has nothing of the options of the first."""
     name = options.get("name", config.name)
+    if "image_size" in options and name not in (*SOURCES, "synthetic"):
+        raise UsageError(
+            f"data.image_size with data.name={name!r}: expected image files; the others have their "
+            "own"
+        )
     if name != config.name:
         return from_dict(DataConfig, dict(options), "data.")
     return dataclasses.replace(config, **options)

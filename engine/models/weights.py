@@ -309,7 +309,7 @@ def _choose(
     if ema == "yes" and not averages:
         raise DataError(
             f"{source}: holds no EMA of the weights (raw ones: {raw[0].where}), expected one for "
-            "--teacher.ema yes"
+            "--teacher.ema yes (eval: --ema)"
         )
     if ema == "no" and not raw:
         raise DataError(
@@ -327,10 +327,12 @@ def _choose(
         )
     chosen = wanted[0]
     if raw and averages:
-        used, other = ("the EMA", "no") if takes_average else ("the raw ones", "yes")
+        used, other, of_eval = (
+            ("the EMA", "no", "no --ema") if takes_average else ("the raw ones", "yes", "--ema")
+        )
         say(
             f"{source}: holds raw weights ({raw[0].where}) and their EMA ({averages[0].where}), "
-            f"{used} are used; of a teacher --teacher.ema {other} takes the others"
+            f"{used} are used; --teacher.ema {other} (eval: {of_eval}) takes the others"
         )
     elif averages:
         say(f"{source}: holds an EMA of the weights alone ({chosen.where}), which is used")

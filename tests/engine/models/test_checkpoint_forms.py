@@ -249,7 +249,8 @@ def test_beside_an_average_the_choice_is_made_and_said(tmp_path, raw, average, f
         assert_bits(found, expected)
         assert len(said) == 1
         assert ("the EMA are used" if ema == "yes" else "the raw ones are used") in said[0]
-        assert f"--teacher.ema {'no' if ema == 'yes' else 'yes'}" in said[0]
+        other = "no (eval: no --ema)" if ema == "yes" else "yes (eval: --ema)"
+        assert f"--teacher.ema {other} takes the others" in said[0]
 
 
 def test_an_average_that_is_alone_is_used_and_said(tmp_path, average):
@@ -277,7 +278,7 @@ def test_an_average_that_is_not_there_is_refused(tmp_path, raw):
     message = refusal(path, ema="yes")
     assert message == (
         f"{path}: holds no EMA of the weights (raw ones: 'model'), expected one for "
-        "--teacher.ema yes"
+        "--teacher.ema yes (eval: --ema)"
     )
     with pytest.raises(UsageError, match=r"teacher\.ema='yes' with weights DEFAULT: expected a"):
         create_model("torchvision:resnet18", num_classes=1000, weights="DEFAULT", ema="yes")
