@@ -514,7 +514,8 @@ def _eval(args: list[str]) -> int:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="run folder, one of its checkpoints/step-N, or any file of weights",
+        help="run folder, one of its checkpoints/step-N, or any file of weights (package:NAME: "
+        "that in an installed package)",
     )
     parser.add_argument(
         "--model", help="the network that a file holds (cifar:resnet20, ...); absent: as it says"

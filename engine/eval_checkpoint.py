@@ -22,6 +22,7 @@ from .metrics import evaluate
 from .models import create_model
 from .models.input_norm import InputNorm, stated_norm
 from .models.parts import channels_last
+from .models.weights import PACKAGE
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def evaluate_checkpoint(
     """Evaluate the network of a run folder, of a checkpoint folder in it, or of any weights file.
 
     Args:
-        path: Run folder, `checkpoints/step-N` in one, or a file of weights, in one or not.
+        path: Run folder, `checkpoints/step-N` in one, or a file of weights, in one or not, or
+            "package:NAME" for the one in an installed package.
         model: Name of the architecture; absent: as the file or its run says.
         root: Folder of the data; absent: as the run had it.
         limit: Most test images; absent: as the run had it.
@@ -102,7 +104,7 @@ def evaluate_checkpoint(
         "skip_quarantined": skip_quarantined or None,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
-    if path.is_file() and not is_of_run(path):
+    if str(path).startswith(PACKAGE) or (path.is_file() and not is_of_run(path)):
         trained = _of_file(path, model, options, ema)
     else:
         trained = _of_run(path, model, ema)
@@ -123,6 +125,8 @@ def evaluate_checkpoint(
     network = trained.make(data.num_classes)
     norm = trained.norm(data.num_classes)
     if norm is not None and not options.keys() & {"mean", "std"}:
+        if not norm.equals(InputNorm(data.mean, data.std)):
+            notes.append(f"images are normalised by the network's own {norm} ({norm.source})")
         data = dataclasses.replace(data, mean=norm.mean, std=norm.std)
     network = channels_last(network.eval(), where)
     with measured_kernels():  # as in a run, nothing fused serves that was not compared

@@ -426,6 +426,29 @@ def test_eval_refuses_what_it_cannot_do(root, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_eval_takes_the_file_of_a_package_and_says_what_it_is_normalised_by(
+    data, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "weights_of_mine"
+    folder.mkdir()
+    random_teacher(folder / "w.pth", 3)
+    state = torch.load(folder / "w.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["--model", "cifar:resnet8_s2", "--data.name", "folder", "--data.loader", "device"]
+    args += ["--data.image-size", str(SIDE), "--data.root", str(data / "own"), "--device", "cpu"]
+    assert main(["eval", "package:weights_of_mine", *args]) == 0
+    out = capsys.readouterr().out
+    assert f"top-1 {accuracy(state, data / 'own'):.2f} %" in out
+    assert "note" not in out
+    file = tmp_path / "half.safetensors"
+    save_file(state, file, {"mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]"})
+    assert main(["eval", str(file), *args]) == 0
+    assert (
+        "note: images are normalised by the network's own mean 0.5 0.5 0.5 and std 0.2 0.2 0.2 "
+        f"({file})\n"
+    ) in capsys.readouterr().out
+
+
 def test_eval_knows_the_files_that_runs_leave(root, data, tmp_path):
     file = root / "teacher-folder-cifar-resnet8_s2-seed0/teacher.safetensors"
     alone = Path(shutil.copy(file, tmp_path / "alone.safetensors"))
