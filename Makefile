@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 METHODS := ce kd dfpt dfpt_plus
 SOAK_CYCLES ?= 200
-TEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile
+TEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # The lowest versions in setup.py; triton comes with torch.
 FLOOR := .venv-floor
 # numpy: the interpreter of Triton 3.6 fails with newer ones.

@@ -514,7 +514,8 @@ def _eval(args: list[str]) -> int:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="run folder, one of its checkpoints/step-N, or any file of weights",
+        help="run folder, one of its checkpoints/step-N, or any file of weights (package:NAME: "
+        "that in an installed package)",
     )
     parser.add_argument(
         "--model", help="the network that a file holds (cifar:resnet20, ...); absent: as it says"
@@ -542,6 +543,8 @@ def _eval(args: list[str]) -> int:
     options = _parse(parser, args)
     if options is None:
         return 0
+    if options.batch < 1:
+        raise UsageError(f"--batch {options.batch}: expected 1 or more")
     from .eval_checkpoint import evaluate_checkpoint
 
     result = evaluate_checkpoint(

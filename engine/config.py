@@ -41,9 +41,13 @@ def _check_statistics(
 
 def _check_values(config: Any, prefix: str = "") -> None:
     """What holds for every option, whatever it is for: numbers are finite, and texts could be the
-    path of a file, which most of them are."""
+    path of a file, which most of them are. From Python a path may come as a Path, and several
+    values as a list: they are kept as the text and the tuple that a record holds."""
     for field_ in dataclasses.fields(config):
         value = getattr(config, field_.name)
+        if isinstance(value, (os.PathLike, list)):
+            value = tuple(value) if isinstance(value, list) else os.fspath(value)
+            object.__setattr__(config, field_.name, value)
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, float):
                 _require(

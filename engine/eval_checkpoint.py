@@ -15,13 +15,14 @@ from .data import SOURCES, load_data
 from .data.crops import crops_of_record
 from .errors import DataError, UsageError
 from .export import is_of_run, read_source
-from .identity import DataRecord, network_of
+from .identity import DataRecord, network_of, same_model
 from .kernel_choice import measured_kernels
 from .machine import pick_device
 from .metrics import evaluate
 from .models import create_model
 from .models.input_norm import InputNorm, stated_norm
 from .models.parts import channels_last
+from .models.weights import PACKAGE
 from .options import refuse_without_effect
 
 
@@ -59,6 +60,8 @@ class Trained:
     """By what its images are normalised, for so many classes; None: as the data say."""
     top1: float | None
     weights: str = ""
+    notes: list[str] = field(default_factory=list)
+    """What speaks against it, a line each."""
 
 
 def evaluate_checkpoint(
@@ -78,7 +81,8 @@ def evaluate_checkpoint(
     """Evaluate the network of a run folder, of a checkpoint folder in it, or of any weights file.
 
     Args:
-        path: Run folder, `checkpoints/step-N` in one, or a file of weights, in one or not.
+        path: Run folder, `checkpoints/step-N` in one, or a file of weights, in one or not, or
+            "package:NAME" for the one in an installed package.
         model: Name of the architecture; absent: as the file or its run says.
         root: Folder of the data; absent: as the run had it.
         limit: Most test images; absent: as the run had it.
@@ -102,7 +106,7 @@ def evaluate_checkpoint(
         "skip_quarantined": skip_quarantined or None,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
-    if path.is_file() and not is_of_run(path):
+    if str(path).startswith(PACKAGE) or (path.is_file() and not is_of_run(path)):
         trained = _of_file(path, model, options, ema)
     else:
         trained = _of_run(path, model, ema)
@@ -117,13 +121,15 @@ def evaluate_checkpoint(
             f"{path}: trained on other classes ({other[0]}): expected the data set that it was "
             "trained on"
         )
-    notes = [
+    notes = [*trained.notes] + [
         f"not the test images of its training: {difference}"
         for difference in trained.data.other_images(here, "test")
     ]
     network = trained.make(data.num_classes)
     norm = trained.norm(data.num_classes)
     if norm is not None and not options.keys() & {"mean", "std"}:
+        if not norm.equals(InputNorm(data.mean, data.std)):
+            notes.append(f"images are normalised by the network's own {norm} ({norm.source})")
         data = dataclasses.replace(data, mean=norm.mean, std=norm.std)
     network = channels_last(network.eval(), where)
     with measured_kernels():  # as in a run, nothing fused serves that was not compared
@@ -145,7 +151,7 @@ def _of_run(path: Path, model: str | None, ema: bool) -> Trained:
     """The network of a run folder, of a checkpoint folder in one, or of a file in either."""
     source = read_source(path, ema=ema)
     config = from_dict(RunConfig, source.record.run["config"])
-    if model not in (None, config.student):
+    if model is not None and not same_model(model, config.student):
         raise UsageError(f"--model {model}: {path} holds a {config.student}: expected no --model")
     crops = crops_of_record(source.record.run["config"]["data"])
     return Trained(
@@ -181,14 +187,17 @@ def _of_file(path: Path, model: str | None, options: Mapping[str, Any], ema: boo
             )
         config = from_dict(DataConfig, {"name": options["name"]}, "data.")
     which: EmaChoice = "yes" if ema else "auto"
+    # A network of the same names and shapes, of another stride, takes the weights too.
+    is_other = known.model is not None and not same_model(known.model, name)
     return Trained(
         name,
         lambda classes: create_model(name, num_classes=classes, weights=str(path), ema=which),
         known.data,
         config,
         lambda classes: stated_norm(name, str(path), classes),
-        known.top1,
+        None if is_other else known.top1,
         "EMA" if ema else "",
+        [f"{path} says that it is {known.model}, not {name}"] if is_other else [],
     )
 
 
@@ -214,6 +223,11 @@ def _config_of_record(data: DataRecord) -> DataConfig | None:
 def _data_config(config: DataConfig, options: Mapping[str, Any]) -> DataConfig:
     """The data to evaluate on: another data set has nothing of the options of the first."""
     name = options.get("name", config.name)
+    if "image_size" in options and name not in (*SOURCES, "synthetic"):
+        raise UsageError(
+            f"data.image_size with data.name={name!r}: expected image files; the others have their "
+            "own"
+        )
     if name != config.name:
         return from_dict(DataConfig, dict(options), "data.")
     return dataclasses.replace(config, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,23 +84,33 @@ class Group:
         """The runs to draw: the finished ones, or what there is."""
         return self.finished or self.runs
 
+    @cached_property
+    def by_seed(self) -> dict[int, list[RunRecord]]:
+        """The finished runs of each seed. A copy of a run, or the run once more, is no further
+        observation: several of a seed are one, with their mean."""
+        found: dict[int, list[RunRecord]] = defaultdict(list)
+        for run in self.finished:
+            found[run.seed].append(run)
+        return dict(found)
+
     @property
     def n(self) -> int:
-        return len(self.finished)
+        """Seeds that have finished."""
+        return len(self.by_seed)
 
     @property
     def last(self) -> Statistic | None:
         """Student accuracy after the last epoch, in percent: the headline number."""
-        return Statistic.of(run.last("student_top1") for run in self.finished)
+        return self._over_seeds(lambda run: run.last("student_top1"))
 
     @property
     def best(self) -> Statistic | None:
         """Highest student accuracy of any epoch, in percent (chosen on the test set)."""
-        return Statistic.of(run.best_student_top1 for run in self.finished)
+        return self._over_seeds(lambda run: run.best_student_top1)
 
     @property
     def prompt(self) -> Statistic | None:
-        return Statistic.of(run.last("prompt_top1") for run in self.finished)
+        return self._over_seeds(lambda run: run.last("prompt_top1"))
 
     @property
     def teacher(self) -> Statistic | None:
@@ -113,6 +123,10 @@ class Group:
     @property
     def seconds(self) -> Statistic | None:
         return Statistic.of(run.status.get("seconds") for run in self.finished)
+
+    def _over_seeds(self, value: Callable[[RunRecord], float | None]) -> Statistic | None:
+        of_seeds = (Statistic.of(map(value, runs)) for runs in self.by_seed.values())
+        return Statistic.of(None if found is None else found.mean for found in of_seeds)
 
     def cost(self, key: str) -> float | None:
         """An entry of run.json's "cost", the same for every run of a group."""

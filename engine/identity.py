@@ -208,6 +208,12 @@ class NetworkRecord:
 _IN_HEADER = {"name": "dataset"}
 
 
+def same_model(name: str, other: str) -> bool:
+    """Whether two names of models mean one: a name without a family is of the CIFAR zoo."""
+    full = (n if ":" in n else f"cifar:{n}" for n in (name, other))
+    return next(full) == next(full)
+
+
 def network_of(path: Path) -> NetworkRecord:
     """What is known of a weights file: by its header, and by the run that has left it.
 

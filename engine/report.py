@@ -33,8 +33,15 @@ def report(run_folders: Sequence[Path], out: Path | None = None) -> Path:
     if not run_folders:
         raise DataError("report: no folder given: expected run folders")
     runs, unreadable = _read_all(run_folders)
-    print_table(summarise(runs))
+    groups = summarise(runs)
+    print_table(groups)
     path = write_html(runs, out or run_folders[0] / "report.html", unreadable=unreadable)
+    for group in groups:
+        for seed, same in group.by_seed.items():
+            if len(same) > 1:
+                places = ", ".join(str(run.folder) for run in same)
+                name = f"{group.recipe}, {group.label}"
+                print(f"{name}: seed {seed} counts once, by its mean, of {places}")
     for problem in unreadable:
         print(f"left out: {problem}", file=sys.stderr)
     print(f"report: {path}")
@@ -75,7 +82,7 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
 
 
 def _count(group: Group) -> str:
-    unfinished = len(group.runs) - group.n
+    unfinished = len(group.runs) - len(group.finished)
     return f"{group.n} (+{unfinished} unfinished)" if unfinished else str(group.n)
 
 

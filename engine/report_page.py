@@ -255,7 +255,7 @@ def _table(head: Sequence[str], rows: Iterable[str | Sequence[str]], *, text_col
 
 
 def _count(group: Group) -> str:
-    unfinished = len(group.runs) - group.n
+    unfinished = len(group.runs) - len(group.finished)
     return str(group.n) + (
         f'<br><span class="muted">+{unfinished} unfinished</span>' if unfinished else ""
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from .config import RunConfig
 from .errors import DataError
-from .identity import WEIGHTS_FILE, DataRecord, NetworkRecord, network_of
+from .identity import WEIGHTS_FILE, DataRecord, NetworkRecord, network_of, same_model
 from .models.weights import FILE_SUFFIXES, PACKAGE
 
 
@@ -84,7 +84,7 @@ def find_teacher(
     passed_over = []
     for weights in sorted(Path(config.out_root).glob(f"*/{WEIGHTS_FILE}")):
         known = network_of(weights)
-        if known.model != config.teacher.name:
+        if known.model is None or not same_model(known.model, config.teacher.name):
             continue
         complaints = known.complaints(data)
         if complaints:
@@ -149,6 +149,6 @@ def _complaints(config: RunConfig, data: DataRecord | None, known: NetworkRecord
         found.append(f"trained for {planned} epochs, where the recipe has {config.teacher.epochs}")
     if known.extended is not None:
         found.append(known.extended)
-    if known.model not in (None, config.teacher.name):
+    if known.model is not None and not same_model(known.model, config.teacher.name):
         found.append(f"says that it is {known.model}, not {config.teacher.name}")
     return found

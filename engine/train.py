@@ -47,6 +47,8 @@ from .identity import (
     extension_text,
     extensions_of,
     fingerprint,
+    network_of,
+    same_model,
 )
 from .joint_step import JointStep, join
 from .log import ProgressLine, RunLog, SilentLog, clock, versions, write_json
@@ -243,6 +245,10 @@ def prepare(
             say=notes.append,
         )
     )
+    if config.student_weights is not None and world.is_main:
+        known = network_of(Path(config.student_weights)).model
+        if known is not None and not same_model(known, config.student):
+            warn(f"student {config.student_weights}: says that it is {known}, not {config.student}")
     demand = demand_of(config, data, world)
     world.everywhere(lambda: check_student(config.student, student, demand))
     cost = None

@@ -21,6 +21,16 @@ if "DFPTKD_KERNEL_CACHE" not in os.environ:
     os.environ["DFPTKD_KERNEL_CACHE"] = f"{_OWN_CACHE}/kernels.json"
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
+# Begun first, the longest ahead: whoever gets a long file last is waited for by all other workers
+# (`--dist loadfile --no-loadscope-reorder`).
+_LONGEST = (
+    "null_gpu/test_steps.py", "engine/test_distributed.py", "engine/test_step.py",
+    "null_gpu/test_first_gpu.py", "null_gpu/test_runs.py", "engine/test_zoo_of_classifiers.py",
+    "faults/test_disk.py", "faults/test_processes.py", "faults/test_preemption.py",
+    "null_gpu/test_launches.py", "engine/test_train.py", "recipes/test_recipes.py",
+    "engine/models/test_dual_path.py", "engine/test_study.py", "engine/test_plan.py",
+    "engine/test_teacher_logits.py", "engine/models/test_frozen.py",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +53,12 @@ def cifar100_root(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -
         stdout=subprocess.DEVNULL,
     )
     return root
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they come."""
+    ranks = {_REPOSITORY / "tests" / name: rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_unconfigure() -> None:

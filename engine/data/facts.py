@@ -57,7 +57,7 @@ def published_classes(name: str) -> int | None:
     """How many classes a data set has as it was published; None: it is the user's own."""
     if name in KNOWN:
         return KNOWN[name].num_classes
-    return _FILES[name][2] if name in _FILES else None
+    return _FILES[name][0][2] if name in _FILES else None
 
 
 def data_facts(data: DataConfig) -> DataFacts:

@@ -54,11 +54,17 @@ def renamed(state: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[
         source: Where it comes from, for the message.
 
     Raises:
-        DataError: A name of a known package that the model has no place for.
+        DataError: A name of a known package that the model has no place for, or a model that would
+            take all of them and compute something else.
     """
     own = model.state_dict()
     for is_theirs, is_ours, name_of in _KNOWN:
         if is_theirs <= state.keys() and is_ours <= own.keys():
+            if name_of is _timm_efficientnet_name and not _pads_as_tensorflow(model):
+                raise DataError(
+                    f"{source}: efficientnet_pytorch's networks pad as TensorFlow's: expected "
+                    "timm's model of that name with tf_ before it"
+                )
             names = {key: name_of(key, state, own) for key in state}
             lost = [key for key, name in names.items() if name not in own]
             if lost or len(set(names.values())) < len(names):
@@ -87,6 +93,10 @@ def _timm_efficientnet_name(
     expands = f"_blocks.{number}._expand_conv.weight" in theirs
     name = _EFFICIENTNET_BLOCK[expands].get(layer)
     return f"{places[number]}.{name}.{tensor}" if name and number < len(places) else None
+
+
+def _pads_as_tensorflow(model: nn.Module) -> bool:
+    return type(model.get_submodule("conv_stem")).__name__ == "Conv2dSame"
 
 
 def _torchvision_densenet_name(

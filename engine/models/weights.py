@@ -242,12 +242,7 @@ def _networks(tables: list[Table], model: nn.Module) -> list[_Network]:
     known to key_maps.py; where any of them has nothing else and the model's shapes, these alone."""
     own = model.state_dict()
     for names in (set(_required(own)), *foreign_names(model)):
-        found = [
-            _behind(table, prefix)
-            for table in tables
-            for prefix, count in _prefixes(table.tensors, names).items()
-            if count == len(names)
-        ]
+        found = [network for table in tables for network in _whole(table, names)]
         if found:
             return [network for network in found if _fits(network.tensors, own)] or found
     return []
@@ -265,12 +260,26 @@ def _prefixes(tensors: Collection[str], names: Collection[str]) -> Counter[str]:
     return found
 
 
-def _behind(table: Table, prefix: str) -> _Network:
-    """The network behind a prefix of a table's names."""
+def _whole(table: Table, names: Collection[str]) -> list[_Network]:
+    """The networks of a table that have all of `names`. One inside another (a distiller that is its
+    own student, and keeps the teacher in `teacher`) is not also part of the outer one."""
+    counts = _prefixes(table.tensors, names)
+    prefixes = [prefix for prefix, count in counts.items() if count == len(names)]
+    return [
+        _behind(table, outer, [p for p in prefixes if p.startswith(outer) and p != outer])
+        for outer in prefixes
+    ]
+
+
+def _behind(table: Table, prefix: str, inner: Collection[str] = ()) -> _Network:
+    """The network behind a prefix of a table's names, without those behind `inner`."""
+    counters = {_counter(p) for p in inner}
     tensors = {
         key.removeprefix(prefix): value
         for key, value in table.tensors.items()
         if key.startswith(prefix)
+        and key not in counters
+        and not any(key.startswith(p) for p in inner)
     }
     has_counter = _counter(prefix) in table.tensors
     return _Network(
@@ -300,7 +309,7 @@ def _choose(
     if ema == "yes" and not averages:
         raise DataError(
             f"{source}: holds no EMA of the weights (raw ones: {raw[0].where}), expected one for "
-            "--teacher.ema yes"
+            "--teacher.ema yes (eval: --ema)"
         )
     if ema == "no" and not raw:
         raise DataError(
@@ -318,10 +327,12 @@ def _choose(
         )
     chosen = wanted[0]
     if raw and averages:
-        used, other = ("the EMA", "no") if takes_average else ("the raw ones", "yes")
+        used, other, of_eval = (
+            ("the EMA", "no", "no --ema") if takes_average else ("the raw ones", "yes", "--ema")
+        )
         say(
             f"{source}: holds raw weights ({raw[0].where}) and their EMA ({averages[0].where}), "
-            f"{used} are used; of a teacher --teacher.ema {other} takes the others"
+            f"{used} are used; --teacher.ema {other} (eval: {of_eval}) takes the others"
         )
     elif averages:
         say(f"{source}: holds an EMA of the weights alone ({chosen.where}), which is used")

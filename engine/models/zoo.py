@@ -1,6 +1,7 @@
 """Models by name: ours, torchvision's and timm's, with weights loaded strictly."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
@@ -20,7 +21,7 @@ def create_model(
     name: str,
     *,
     num_classes: int,
-    weights: str | None = None,
+    weights: str | Path | None = None,
     ema: EmaChoice = "auto",
     say: Callable[[str], None] = print,
 ) -> nn.Module:
@@ -43,6 +44,8 @@ def create_model(
         DataError: The weights are missing, damaged, cannot be downloaded, do not fit, or hold
             values that no trained network has.
     """
+    if isinstance(weights, Path):
+        weights = str(weights)
     if weights is not None and (is_file(weights) or _family(name) in ("cifar", "imagenet")):
         model = create_model(name, num_classes=num_classes)
         load_weights(model, weights, ema=ema, say=say)

@@ -277,6 +277,14 @@ def test_M20_a_configuration_survives_json(config):
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
+def test_paths_and_lists_are_kept_as_records_hold_them(tmp_path):
+    data = DataConfig(root=tmp_path, mean=[0.5, 0.5, 0.5], std=[0.2, 0.2, 0.2])
+    config = RunConfig(out=tmp_path / "run", data=data)
+    assert config.out == str(tmp_path / "run")
+    assert (config.data.root, config.data.mean) == (str(tmp_path), (0.5, 0.5, 0.5))
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
 def test_from_dict_keeps_defaults_and_makes_whole_numbers_floats():
     config = from_dict(RunConfig, {"loss": {"tau": 2}, "optim": {"clip_grad_norm": 1}})
     assert config == RunConfig(loss=LossConfig(tau=2.0), optim=OptimConfig(clip_grad_norm=1.0))

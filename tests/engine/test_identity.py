@@ -390,6 +390,66 @@ def test_eval_measures_a_file_of_somebody_else(data, tmp_path, capsys):
     assert "2 classes, expected 3" in capsys.readouterr().err
 
 
+def test_a_file_of_another_network_of_equal_names_is_said(root, data, tmp_path, capsys):
+    own = root / "teacher-folder-cifar-resnet8_s2-seed0/teacher.safetensors"
+    file = shutil.copy(own, tmp_path / "alone.safetensors")
+    said = f"{file}{{}} says that it is cifar:resnet8_s2, not cifar:resnet8\n"
+    args = ["eval", str(file), "--data.root", str(data / "own"), "--device", "cpu", "--model"]
+    assert main([*args, "cifar:resnet8"]) == 0
+    out = capsys.readouterr().out
+    assert "note: " + said.format("") in out
+    assert "logged" not in out
+    assert main([*args, "resnet8_s2"]) == 0
+    out = capsys.readouterr().out
+    assert "note" not in out
+    assert "logged by the run" in out
+    config = make_config(tmp_path / "out", data / "own", "ce", student_weights=str(file))
+    run(replace(config, max_steps=1, student="cifar:resnet8"))
+    assert "warning: student " + said.format(":") in capsys.readouterr().out
+    config = make_config(root, data / "own", student="resnet8_s2", student_weights=str(file))
+    run(with_teacher(replace(config, max_steps=1), name="resnet8_s2"))
+    assert "says that it is" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch", "0"), "--batch 0: expected 1 or more"),
+        (
+            ("--data.name", "cifar100", "--data.image-size", "64"),
+            "data.image_size with data.name='cifar100': expected image files",
+        ),
+    ],
+)
+def test_eval_refuses_what_it_cannot_do(root, options, message, capsys):
+    file = root / "teacher-folder-cifar-resnet8_s2-seed0/teacher.safetensors"
+    assert main(["eval", str(file), "--device", "cpu", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_eval_takes_the_file_of_a_package_and_says_what_it_is_normalised_by(
+    data, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "weights_of_mine"
+    folder.mkdir()
+    random_teacher(folder / "w.pth", 3)
+    state = torch.load(folder / "w.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["--model", "cifar:resnet8_s2", "--data.name", "folder", "--data.loader", "device"]
+    args += ["--data.image-size", str(SIDE), "--data.root", str(data / "own"), "--device", "cpu"]
+    assert main(["eval", "package:weights_of_mine", *args]) == 0
+    out = capsys.readouterr().out
+    assert f"top-1 {accuracy(state, data / 'own'):.2f} %" in out
+    assert "note" not in out
+    file = tmp_path / "half.safetensors"
+    save_file(state, file, {"mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]"})
+    assert main(["eval", str(file), *args]) == 0
+    assert (
+        "note: images are normalised by the network's own mean 0.5 0.5 0.5 and std 0.2 0.2 0.2 "
+        f"({file})\n"
+    ) in capsys.readouterr().out
+
+
 def test_eval_knows_the_files_that_runs_leave(root, data, tmp_path):
     file = root / "teacher-folder-cifar-resnet8_s2-seed0/teacher.safetensors"
     alone = Path(shutil.copy(file, tmp_path / "alone.safetensors"))

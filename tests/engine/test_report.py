@@ -172,6 +172,19 @@ def test_M31_headline_is_mean_and_sample_std_of_the_last_epoch(tmp_path):
     assert group.last.text() == "71.33 ± 1.53"
 
 
+def test_a_seed_that_is_there_twice_is_one_observation(tmp_path, capsys):
+    for name, seed, last in (("a", 0, 70.0), ("copy", 0, 70.5), ("b", 1, 72.25)):
+        make_run(tmp_path, "kd", seed, name=name, last=last)
+    (group,) = groups_in(tmp_path)
+    assert group.n == group.last.n == 2
+    assert group.last.mean == pytest.approx((70.25 + 72.25) / 2)
+    assert group.last.std == pytest.approx(math.sqrt(2))
+    report([tmp_path], tmp_path / "r.html")
+    said = capsys.readouterr().out
+    assert f"pair, KD: seed 0 counts once, by its mean, of {tmp_path / 'a'}, " in said
+    assert "seed 1 counts" not in said
+
+
 def test_unfinished_run_does_not_enter_the_mean(tmp_path):
     make_run(tmp_path, seed=0, last=70)
     make_run(tmp_path, seed=1, last=10, state="running")

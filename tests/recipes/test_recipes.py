@@ -11,7 +11,7 @@ import torch
 
 from dfptkd.engine.cli import main
 from dfptkd.engine.config import LossConfig, RunConfig, TeacherConfig, to_dict
-from dfptkd.engine.data.facts import data_facts
+from dfptkd.engine.data.facts import data_facts, published_classes
 from dfptkd.engine.errors import UsageError
 from dfptkd.engine.methods import build_method
 from dfptkd.engine.methods.base import Samples
@@ -444,6 +444,7 @@ def test_new_recipes_know_their_data_without_it(name):
         "tiny_imagenet": (100_000, 10_000, 200, 64),
         "imagenet": (1_281_167, 50_000, 1000, 224),
     }[name.partition(".")[0]]
+    assert published_classes(config_of(name).data.name) == facts.num_classes
     assert (facts.train_images, facts.test_images, facts.num_classes, facts.image_size) == counts
 
 

@@ -193,6 +193,7 @@ BOTH: dict[str, Callable[[State, State], Any]] = {
     "Lightning, EMA": lambda r, e: {
         "state_dict": prefixed("model.", r) | prefixed("model_ema.module.", e)
     },
+    "EMA in the network": lambda r, e: r | prefixed("ema.", averaged_model(e)),
     "EMA nested": lambda r, e: {"state": {"model": r, "ema": {"module": e, "decay": 0.99}}},
 }
 
@@ -248,7 +249,8 @@ def test_beside_an_average_the_choice_is_made_and_said(tmp_path, raw, average, f
         assert_bits(found, expected)
         assert len(said) == 1
         assert ("the EMA are used" if ema == "yes" else "the raw ones are used") in said[0]
-        assert f"--teacher.ema {'no' if ema == 'yes' else 'yes'}" in said[0]
+        other = "no (eval: no --ema)" if ema == "yes" else "yes (eval: --ema)"
+        assert f"--teacher.ema {other} takes the others" in said[0]
 
 
 def test_an_average_that_is_alone_is_used_and_said(tmp_path, average):
@@ -276,7 +278,7 @@ def test_an_average_that_is_not_there_is_refused(tmp_path, raw):
     message = refusal(path, ema="yes")
     assert message == (
         f"{path}: holds no EMA of the weights (raw ones: 'model'), expected one for "
-        "--teacher.ema yes"
+        "--teacher.ema yes (eval: --ema)"
     )
     with pytest.raises(UsageError, match=r"teacher\.ema='yes' with weights DEFAULT: expected a"):
         create_model("torchvision:resnet18", num_classes=1000, weights="DEFAULT", ema="yes")
@@ -303,6 +305,10 @@ REFUSED: dict[str, tuple[Callable[[State, State], Any], str]] = {
     "a distiller of equal networks": (
         mdistiller,
         r"\('model', names behind 'module\.student\.'; 'model', names behind 'module\.teacher\.'\)",
+    ),
+    "a distiller that is its own student": (
+        lambda r, e: {"state_dict": r | prefixed("teacher.", e)},
+        r"\('state_dict'; 'state_dict', names behind 'teacher\.'\)",
     ),
     "a whole network": (
         lambda r, e: filled(r),

@@ -68,10 +68,10 @@ def test_every_tensor_comes_home(model, theirs, tmp_path):
         assert torch.equal(loaded(x), model(x))
 
 
-def refusal(state: dict[str, Tensor], path: Path) -> str:
+def refusal(state: dict[str, Tensor], path: Path, name: str = LITE0) -> str:
     torch.save(state, path)
     with pytest.raises(DataError) as caught:
-        create_model(LITE0, num_classes=10, weights=str(path))
+        create_model(name, num_classes=10, weights=str(path))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(path))
     return str(caught.value)
@@ -88,6 +88,11 @@ def test_what_does_not_fit_is_refused(theirs, tmp_path):
     assert "missing blocks.2.0.bn2.weight" in refusal(fewer, path)
     shape = {**theirs, "_conv_stem.weight": torch.zeros(32, 3, 5, 5)}
     assert "conv_stem.weight [32, 3, 5, 5] (expected [32, 3, 3, 3])" in refusal(shape, path)
+
+
+def test_a_network_of_equal_names_and_another_padding_is_refused(theirs, tmp_path):
+    message = refusal(theirs, tmp_path / "theirs.pth", "timm:efficientnet_lite0")
+    assert message.endswith("expected timm's model of that name with tf_ before it")
 
 
 def test_names_that_are_not_theirs_stay(model):

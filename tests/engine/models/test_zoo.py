@@ -122,6 +122,13 @@ def test_bare_name_is_a_cifar_name() -> None:
     assert type(bare) is type(full)
 
 
+def test_weights_may_be_a_path(tmp_path) -> None:
+    source = create_model("resnet8", num_classes=3)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    found = create_model("resnet8", num_classes=3, weights=tmp_path / "w.pth")
+    assert torch.equal(found.fc.weight, source.fc.weight)
+
+
 def test_same_seed_gives_the_same_weights() -> None:
     models: list[nn.Module] = []
     for _ in range(2):
