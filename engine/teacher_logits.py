@@ -158,8 +158,7 @@ def expected_hits(forms: int, draws: float) -> float:
     """Share of `draws` out of `forms`, each as likely, that have come up before."""
     if draws <= 1:  # below 1: of a part of the images
         return 0.0
-    # Less than one draw can repeat nothing; the mean below would be less than nothing then.
-    return max(1 - forms * (1 - (1 - 1 / forms) ** draws) / draws, 0.0)
+    return 1 - forms * (1 - (1 - 1 / forms) ** draws) / draws
 
 
 def folders(config: RunConfig) -> list[Path]:
