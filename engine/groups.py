@@ -211,6 +211,9 @@ def options_read(run: RunRecord) -> dict[str, Any]:
     sha256 = (run.run.get("teacher") or {}).get("sha256")
     if sha256 and reads(run, "teacher.sha256"):
         options["teacher.sha256"] = sha256[:SHORT]
+    begun = (run.run.get("student") or {}).get("initial_sha256")
+    if begun:
+        options["student.initial_sha256"] = begun[:SHORT]
     facts = DataRecord.from_record(data).facts()
     options |= {f"data.{name}": value for name, value in facts.items()}
     options["extended"] = extensions_of(run.run) or "no"

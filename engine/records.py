@@ -102,6 +102,7 @@ _RUN_KEYS: dict[str, tuple[Check, str]] = {
     "teacher.top1": _NUMBER,
     "teacher.expected_top1": _NUMBER,
     "student": _OBJECT,
+    "student.initial_sha256": _TEXT,
     "teacher.trained": _OBJECT,
     "extended": (_maybe(_each(list, _is(dict))), "a list of objects"),
     "not_known_from_paper": (_maybe(_each((dict, list), lambda _: True)), "an object or a list"),

@@ -222,6 +222,24 @@ def check_same_data(checkpoint: Checkpoint, data: DataRecord, pipeline: Mapping[
         )
 
 
+def check_same_start(checkpoint: Checkpoint, sha256: str | None) -> None:
+    """Refuse a checkpoint of a student that began from other weights.
+
+    Args:
+        checkpoint: The checkpoint; one that does not say is not compared.
+        sha256: Fingerprint of what this run's student begins from; None: from random numbers.
+
+    Raises:
+        DataError: They are others.
+    """
+    then = checkpoint.state.get("initial_sha256")
+    if None not in (then, sha256) and then != sha256:
+        raise DataError(
+            f"{checkpoint.path}: its student began from other weights (SHA-256 {then[:SHORT]} "
+            f"there, {sha256[:SHORT]} here): expected the same student_weights, or another --out"
+        )
+
+
 def check_same_teacher(checkpoint: Checkpoint, sha256: str | None, weights: str | None) -> None:
     """Refuse a checkpoint that was made with another teacher.
 
@@ -258,6 +276,14 @@ def check_finished(config: RunConfig, checkpoint: Checkpoint, data: ImageData) -
         DataError: It is another run, or the weights that were named cannot be read.
     """
     check_same_data(checkpoint, DataRecord.of(data), data.pipeline)
+    if config.student_weights is not None and checkpoint.state.get("initial_sha256"):
+        student = create_model(
+            config.student,
+            num_classes=data.num_classes,
+            weights=config.student_weights,
+            say=lambda _: None,
+        )
+        check_same_start(checkpoint, fingerprint(student))
     if config.method == "ce":
         return ""
     own, given = recorded_teacher(checkpoint), config.teacher.weights

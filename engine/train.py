@@ -68,6 +68,7 @@ from .preemption import StopRequest, stop_on_signal
 from .resume import (
     check_finished,
     check_same_data,
+    check_same_start,
     check_same_teacher,
     crops_of_before,
     extensions,
@@ -249,6 +250,7 @@ def prepare(
         known = network_of(Path(config.student_weights)).model
         if known is not None and not same_model(known, config.student):
             warn(f"student {config.student_weights}: says that it is {known}, not {config.student}")
+    begun = None if config.student_weights is None else fingerprint(student)
     demand = demand_of(config, data, world)
     world.everywhere(lambda: check_student(config.student, student, demand))
     cost = None
@@ -288,13 +290,15 @@ def prepare(
     record = run_record(config, data, student, cost, teacher_record, device, world)
     for name, norm in norms.by_network.items():
         record[name] = (record.get(name) or {}) | norm.to_json()
+    if begun is not None:
+        record["student"]["initial_sha256"] = begun
     record["warnings"] += said
     record["extended"] = extensions(checkpoint, config)
     if config.step.sync_bn and world.size > 1:
         synchronise_batch_norms(method.trained_networks())
     channels_last(method, device)
     trainer = Trainer(config, out, data, method, device, total_steps, stop, prefix, world, norms)
-    trainer.choice = choice
+    trainer.choice, trainer.initial_sha256 = choice, begun
     if teacher_record is not None:
         trainer.remember_logits(teacher_record["sha256"], seeds)
     if not world.is_main:  # from here on dropout and the like draw differently in every process
@@ -462,6 +466,8 @@ class Trainer:
         self.stretch: Stretch | None = None
         self.line: ProgressLine
         self.teacher_sha256: str | None = None
+        self.initial_sha256: str | None = None
+        """The student's fingerprint before the first step, where it starts from a file."""
         self.teacher_top1: float | None = None
         self.choice: TeacherChoice | None = None
         self.alarmed = False
@@ -1185,6 +1191,7 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
             "alarmed": self.alarmed,
             "teacher_sha256": self.teacher_sha256,
+            "initial_sha256": self.initial_sha256,
             "data": self.data_record.record() | self.data.pipeline,
             "norms": self.norms.to_json(),
             "extended": self.record.get("extended", []),
@@ -1233,6 +1240,7 @@ class Trainer:
             DataError: The checkpoint is another model's, another teacher's or another data set's.
         """
         check_same_data(checkpoint, self.data_record, self.data.pipeline)
+        check_same_start(checkpoint, self.initial_sha256)
         weights = None if self.choice is None else self.choice.weights
         check_same_teacher(checkpoint, self.teacher_sha256, weights)
         self.world.everywhere(lambda: self.bind_kernels(checkpoint))

@@ -582,3 +582,21 @@ def test_older_run_folders_go_on_report_export_and_evaluate(root, data, capsys):
     (teacher / "status.json").write_text(json.dumps({"state": "finished", "epoch": 1.0}))
     assert trial["config"]["epochs"] == 2
     assert find_teacher(config, data_identity(config.data)) is None
+
+
+def test_a_student_that_began_from_other_weights_is_another_run(tmp_path, data):
+    """The file may be another one by now, under the same name."""
+    file = tmp_path / "start.pth"
+    random_teacher(file, 0)
+    config = make_config(tmp_path / "runs", data / "own", "ce", student_weights=str(file))
+    out = run(replace(config, max_steps=2)).out
+    begun = json.loads((out / "run.json").read_text())["student"]["initial_sha256"]
+    assert run(replace(config, max_steps=2)).step == 2  # finished, and answers for it
+    same = run(replace(config, out=str(tmp_path / "a"), seed=1)).out
+    random_teacher(file, 1)
+    for changes in ({"max_steps": 2}, {}):  # finished; to go on
+        with pytest.raises(DataError, match=rf"began from other weights \(SHA-256 {begun[:8]} th"):
+            run(replace(config, **changes))
+    other = run(replace(config, out=str(tmp_path / "b"), seed=2)).out
+    groups = summarise([read_run(folder) for folder in (same, other)])
+    assert [len(group.runs) for group in groups] == [1, 1]
