@@ -118,6 +118,8 @@ def chance_warning(top1: float, counts: Sequence[int], *, deviations: float = 3.
         deviations: above chance that count as better, in standard deviations of so many images.
     """
     images = sum(counts)
+    if not images:
+        return None
     chance = max(counts) / images
     noise = math.sqrt(chance * (1 - chance) / images)
     if top1 / 100 > chance + deviations * noise:
