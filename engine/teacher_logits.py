@@ -158,7 +158,8 @@ def expected_hits(forms: int, draws: float) -> float:
     """Share of `draws` out of `forms`, each as likely, that have come up before."""
     if draws <= 0:
         return 0.0
-    return 1 - forms * (1 - (1 - 1 / forms) ** draws) / draws
+    hits = 1 - forms * (1 - (1 - 1 / forms) ** draws) / draws
+    return max(0.0, hits)  # below one draw an image, the formula's share is negative
 
 
 def folders(config: RunConfig) -> list[Path]:

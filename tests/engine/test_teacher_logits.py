@@ -486,6 +486,7 @@ def test_hits_are_those_of_a_simulation():
             1 - distinct.item() / drawn.numel(), abs=0.01
         )
     assert expected_hits(50, 0) == 0
+    assert expected_hits(50, 0.25) == 0  # an epoch that stops after a quarter of the images
 
 
 def test_what_is_foreseen():
