@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,6 +83,18 @@ class Group:
     def shown(self) -> list[RunRecord]:
         """The runs to draw: the finished ones, or what there is."""
         return self.finished or self.runs
+
+    @property
+    def repeats(self) -> str | None:
+        """A line about finished runs of one seed; None: each is of another."""
+        counts = Counter(run.seed for run in self.finished)
+        again = [f"{count} of seed {seed}" for seed, count in counts.items() if count > 1]
+        if not again:
+            return None
+        return (
+            f"{self.recipe}, {self.label}: {' and '.join(again)} among its {self.n} finished runs, "
+            "which are not independent"
+        )
 
     @property
     def n(self) -> int:

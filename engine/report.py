@@ -33,7 +33,11 @@ def report(run_folders: Sequence[Path], out: Path | None = None) -> Path:
     if not run_folders:
         raise DataError("report: no folder given: expected run folders")
     runs, unreadable = _read_all(run_folders)
-    print_table(summarise(runs))
+    groups = summarise(runs)
+    print_table(groups)
+    for group in groups:
+        if group.repeats:
+            print(f"warning: {group.repeats}", file=sys.stderr)
     path = write_html(runs, out or run_folders[0] / "report.html", unreadable=unreadable)
     for problem in unreadable:
         print(f"left out: {problem}", file=sys.stderr)

@@ -45,7 +45,7 @@ def _page(runs: Sequence[RunRecord], groups: Sequence[Group], unreadable: Sequen
     recipes = list(dict.fromkeys(group.recipe for group in groups))
     body = [
         _header(runs, groups, recipes),
-        _warnings(runs, unreadable),
+        _warnings(runs, groups, unreadable),
         _section("Results", _results(groups)),
         _section("Claims of the paper, in these runs", _comparisons(compare_methods(groups))),
     ]
@@ -81,7 +81,7 @@ def _header(runs: Sequence[RunRecord], groups: Sequence[Group], recipes: Sequenc
     )
 
 
-def _warnings(runs: Sequence[RunRecord], unreadable: Sequence[str]) -> str:
+def _warnings(runs: Sequence[RunRecord], groups: Sequence[Group], unreadable: Sequence[str]) -> str:
     found: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         for signature in failure_signatures(run):
@@ -89,6 +89,11 @@ def _warnings(runs: Sequence[RunRecord], unreadable: Sequence[str]) -> str:
     items = [
         f"<li><strong>{escape(kind)}</strong>: {escape(message)} {_where(names)}</li>"
         for (kind, message), names in found.items()
+    ]
+    items += [
+        f"<li><strong>one seed again</strong>: {escape(group.repeats)}</li>"
+        for group in groups
+        if group.repeats
     ]
     items += [f"<li><strong>left out</strong>: {escape(problem)}</li>" for problem in unreadable]
     if not items:
@@ -120,8 +125,8 @@ def _results(groups: Sequence[Group]) -> str:
         for g in groups
     ]  # fmt: skip
     note = (
-        "Test accuracy of the student, mean ± sample standard deviation over n finished runs with "
-        "different seeds. The last epoch is the headline; the best epoch is chosen on the test set "
+        "Test accuracy of the student, mean ± sample standard deviation over n finished runs. "
+        "The last epoch is the headline; the best epoch is chosen on the test set "
         f"and so flatters. Fewer than {MIN_RUNS} runs do not carry a mean ± std."
     )
     return _table(head, _by_recipe(rows, len(head)), text_columns=1) + f'<p class="note">{note}</p>'

@@ -172,6 +172,18 @@ def test_M31_headline_is_mean_and_sample_std_of_the_last_epoch(tmp_path):
     assert group.last.text() == "71.33 ± 1.53"
 
 
+def test_runs_of_one_seed_are_said_not_to_be_independent(tmp_path, capsys):
+    make_run(tmp_path, seed=0)
+    make_run(tmp_path, seed=1)
+    page = report([tmp_path])
+    assert "not independent" not in capsys.readouterr().err + page.read_text()
+    make_run(tmp_path, seed=0, name="again")
+    words = "pair, DFPT-KD: 2 of seed 0 among its 3 finished runs, which are not independent"
+    assert report([tmp_path]) == page
+    assert f"warning: {words}" in capsys.readouterr().err
+    assert words in page.read_text()
+
+
 def test_unfinished_run_does_not_enter_the_mean(tmp_path):
     make_run(tmp_path, seed=0, last=70)
     make_run(tmp_path, seed=1, last=10, state="running")
