@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (*_OF_DISK, *_OF_PATH):
             raise
-        complain(f"{error.filename}: {error.strerror}")
+        where = "standard output" if error.filename is None else error.filename
+        complain(f"{where}: {error.strerror}")
         return (StorageError if error.errno in _OF_DISK else DataError).exit_code
 
 

@@ -217,8 +217,10 @@ def _folder_of(path: Path, ema: bool) -> tuple[Path, bool]:
     is meant.
 
     Raises:
-        DataError: another file; it alone does not say what its images are.
+        DataError: it is not there, or another file, which alone does not say what its images are.
     """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
     if not path.is_file():
         return path, ema
     if is_of_run(path):

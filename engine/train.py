@@ -524,6 +524,11 @@ class Trainer:
             self.teacher_sha256 = record["teacher"]["sha256"]
         if checkpoint is not None:
             self.restore(checkpoint)
+            if self.progress.step > self.end_step:
+                raise UsageError(
+                    f"max_steps={self.config.max_steps}: {checkpoint.path} is at step "
+                    f"{self.progress.step}: expected as many, or more"
+                )
         resumed = None if checkpoint is None else self.progress.step
         self.log: RunLog = SilentLog()
         if self.world.is_main:

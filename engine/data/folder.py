@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
@@ -95,4 +96,9 @@ def check_classes(
     missing = sorted(set(wanted) - set(there))
     if missing:
         count = "1 class" if len(missing) == 1 else f"{len(missing):,} classes"
-        raise DataError(f"{folder}: lacks {count} that {asked_by}, first {missing[0]!r}")
+        first = unicodedata.normalize("NFC", missing[0])
+        same = [name for name in there if unicodedata.normalize("NFC", name) == first]
+        raise DataError(
+            f"{folder}: lacks {count} that {asked_by}, first {missing[0]!r}"
+            + (f" = {missing[0]!a}, there written {same[0]!a}" if same else "")
+        )

@@ -250,17 +250,25 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
+def is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether it is neither a file nor a folder nor a link to nothing: reading it may never end.
+    Asks the disk about links and about such ones alone."""
+    return not entry.is_file() and not entry.is_dir() and os.path.exists(entry.path)
+
+
 def list_images(root: Path, folder: str, passed: PassedOver) -> list[bytes]:
     """Paths below `root` of the images right in `folder`, sorted; all else is counted.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or one is a pipe or the like.
     """
     files, deeper = [], []
     for entry in list_folder(root / folder):
         if entry.is_dir():
             deeper += passed.add_folder(f"{folder}/{entry.name}")
         elif is_image_name(entry.name):
+            if is_special(entry):
+                raise DataError(f"{entry.path}: a pipe, a socket or a device, expected a file")
             files.append(os.fsencode(f"{folder}/{entry.name}"))
         else:
             passed.add(*_NO_IMAGE, f"{folder}/{entry.name}")

@@ -29,7 +29,7 @@ from ..errors import DataError, StorageError, UsageError
 from ..files import first_line
 from . import imagenet, tiny_imagenet
 from .file_data import SOURCES, find_files, find_rule
-from .image_files import SUFFIXES, FileSet, is_image_name, list_folder
+from .image_files import SUFFIXES, FileSet, is_image_name, is_special, list_folder
 from .look import look_into
 from .quarantine import LIST_NAME, Quarantine
 from .torchvision_loader import to_rgb
@@ -177,14 +177,15 @@ def find_images(folder: Path) -> list[Member]:
 
 
 def _files_below(folder: str, above: frozenset[str]) -> Iterator[str]:
-    """Files at any depth, hidden ones left out; a link to a folder that it lies in is not taken."""
+    """Files at any depth, hidden ones, pipes and the like left out; a link to a folder that it lies
+    in is not taken."""
     real = os.path.realpath(folder)
     if real in above:
         return
     for entry in list_folder(Path(folder)):
         if entry.is_dir():
             yield from _files_below(entry.path, above | {real})
-        else:
+        elif not is_special(entry):
             yield entry.path
 
 

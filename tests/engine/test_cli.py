@@ -210,6 +210,16 @@ def test_status_leaves_with_the_code_that_a_launcher_hides(tmp_path, capsys, sta
     assert "not started since then" in capsys.readouterr().out
 
 
+def test_a_full_disk_behind_standard_output_is_named(tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "finished", "step": 3}))
+    command = [sys.executable, "-u", "-m", "dfptkd.engine.cli", "status", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        5, "dfptkd: standard output: No space left on device\n",
+    )  # fmt: skip
+
+
 def test_status_of_several_runs_is_that_of_the_worst(tmp_path, capsys):
     states = {"a": {"state": "finished"}, "b": {"state": "stopped"}, "c": {"state": "failed"}}
     for name, status in states.items():

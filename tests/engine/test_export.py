@@ -185,6 +185,8 @@ def test_trainers_own_student_is_not_a_target_by_default(run):
 def test_bad_sources_are_one_line(run, tmp_path):
     with pytest.raises(DataError, match="no trained network"):
         export_student(tmp_path)
+    with pytest.raises(DataError, match="nope: no such file or folder"):
+        export_student(tmp_path / "nope")
     with pytest.raises(UsageError, match="'pickle'"):
         export_student(run, formats=("pickle",))
     (run / "student.safetensors").write_bytes(b"garbage")

@@ -194,6 +194,18 @@ def test_a_stopped_run_goes_on_to_the_same_end(root, tmp_path, monkeypatch, meth
     assert_same_end(tmp_path / "whole", tmp_path / "stopped", 6)
 
 
+def test_a_run_that_is_past_its_last_step_is_refused(root, tmp_path, monkeypatch):
+    config = make_config(root, "kd", out=str(tmp_path / "run"))
+    StopAt(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        run(config)
+    before = (tmp_path / "run/status.json").read_bytes()
+    with pytest.raises(UsageError, match=r"max_steps=1: .*step-3 is at step 3: expected as many"):
+        run(replace(config, max_steps=1))
+    assert (tmp_path / "run/status.json").read_bytes() == before
+    assert run(replace(config, max_steps=3)).step == 3
+
+
 def test_resume_control_a_lost_momentum_shows(root, tmp_path, monkeypatch):
     """Negative control: with one part of the state not restored the ends differ."""
     whole = make_config(root, "kd", out=str(tmp_path / "whole"))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -162,6 +163,10 @@ def nothing(root):
     """A sound one."""
 
 
+def pipe(name):
+    return lambda root: os.mkfifo(root / name)
+
+
 TINY, BIRDS = "tiny-imagenet-200", "CUB_200_2011"
 ZOO = {
     "folder": (folder, "folder", nothing, 0, "16x16 pixels, cut as small"),
@@ -206,6 +211,14 @@ ZOO = {
     "a system's files": (folder, "folder", put("train/ant/Thumbs.db"), 0, "train/ and val/"),
     "empty file": (folder, "folder", put("val/ant/0.png", b""), 3, "val/ant/0.png"),
     "text for an image": (folder, "folder", put("train/ant/1.png", b"404"), 3, "train/ant/1.png"),
+    "pipe named as an image": (
+        folder, "folder", pipe("train/ant/2.png"), 3, "train/ant/2.png: a pipe, a socket or a dev",
+    ),
+    "one name in two Unicode forms": (
+        lambda root: folder(root, ("ant", "k\u00e4fer")), "folder",
+        rename("val/k\u00e4fer", "val/ka\u0308fer"), 3,
+        r"first 'käfer' = 'k\xe4fer', there written 'ka\u0308fer'",
+    ),
     "imagenet, sorted": (
         lambda root: imagenet(root, flat=False), "imagenet", nothing, 0, "train/ and sorted val/",
     ),
