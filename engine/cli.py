@@ -250,6 +250,8 @@ def _parse_teacher_run(recipe: RunConfig, arm: str | None, args: list[str], prog
         (of_teacher if dotted(words[0]) in OF_TEACHER_RUN else others).extend(words)
     armed, typed_of_teacher = parse_options(armed, of_teacher, prog)
     config, typed = parse_options(teacher_run(armed), others, prog)
+    if "student" in typed:  # the record would name another teacher than it has
+        raise UsageError("train-teacher: --student: expected --teacher.name, the network it trains")
     for name in typed_of_teacher:
         own = OF_TEACHER_RUN[name]
         if own in typed and value_of(config, own) != value_of(armed, name):
@@ -528,7 +530,7 @@ def _eval(args: list[str]) -> int:
     )
     for name in ("mean", "std"):
         parser.add_argument(
-            f"--data.{name}", dest=name, type=_three, help="three numbers with commas (image files)"
+            f"--data.{name}", dest=name, nargs="+", help="three numbers (image files)"
         )
     parser.add_argument("--data.limit", dest="limit", type=int, help="images, even over classes")
     parser.add_argument("--data.loader", dest="loader", help="auto, dali, torchvision or device")
@@ -559,7 +561,10 @@ def _eval(args: list[str]) -> int:
         batch_size=options.batch,
         device=options.device,
         ema=options.ema,
-        **{key: getattr(options, key) for key in ("name", "image_size", "mean", "std")},
+        name=options.name,
+        image_size=options.image_size,
+        mean=_statistics("--data.mean", options.mean),
+        std=_statistics("--data.std", options.std),
     )
     which = f" ({result.weights} weights)" if result.weights else ""
     print(
@@ -574,12 +579,14 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
-def _three(text: str) -> tuple[float, ...]:
-    """Numbers with commas between; how many, the configuration checks."""
+def _statistics(option: str, words: Sequence[str] | None) -> tuple[float, ...] | None:
+    """Numbers with blanks or commas between; how many, the configuration checks."""
+    if words is None:
+        return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(float(part) for part in ",".join(words).split(",") if part)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected three numbers with commas") from None
+        raise UsageError(f"{option} {' '.join(words)}: expected three numbers") from None
 
 
 def _report(args: list[str]) -> int:

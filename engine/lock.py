@@ -59,6 +59,8 @@ class RunLock:
         try:
             self._handle = self._open_locked()
         except OSError as error:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise StorageError(f"{self.folder}: a file, expected a folder") from error
             raise StorageError(f"{self.path}: could not be locked: {first_line(error)}") from error
         return self
 

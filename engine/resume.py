@@ -133,9 +133,12 @@ def check_same_run(config: RunConfig, checkpoint: Checkpoint) -> None:
     if different:
         longer = config.epochs > before and not extends
         more = f", or --resume {EXTEND} for a run that is longer than planned" if longer else ""
+        place = "another --out"
+        if config.role == "teacher":  # its folder is not the one that `train` was told
+            place = "another --out-root, or that folder of an earlier teacher removed"
         raise DataError(
             f"{checkpoint.path}: checkpoint of another run ({'; '.join(different)}): "
-            f"expected the same options, or another --out{more}"
+            f"expected the same options, or {place}{more}"
         )
 
 

@@ -18,7 +18,7 @@ from dfptkd.engine.alarms import chance_warning
 from dfptkd.engine.checkpoint import load_checkpoint, save_checkpoint
 from dfptkd.engine.cli import main, parse_run
 from dfptkd.engine.config import DataConfig, OptimConfig, RunConfig, TeacherConfig
-from dfptkd.engine.errors import DataError, UsageError
+from dfptkd.engine.errors import DataError, StorageError, UsageError
 from dfptkd.engine.eval_checkpoint import evaluate_checkpoint
 from dfptkd.engine.export import export_student
 from dfptkd.engine.groups import summarise
@@ -600,3 +600,32 @@ def test_a_student_that_began_from_other_weights_is_another_run(tmp_path, data):
     other = run(replace(config, out=str(tmp_path / "b"), seed=2)).out
     groups = summarise([read_run(folder) for folder in (same, other)])
     assert [len(group.runs) for group in groups] == [1, 1]
+
+
+def test_an_earlier_teacher_in_the_way_is_named_with_what_helps(root, data):
+    config = teacher_run(make_config(root, data / "own"))
+    with pytest.raises(DataError, match="another --out-root, or that folder of an earlier teacher"):
+        run(replace(config, global_batch=4))
+
+
+def test_statistics_have_blanks_or_commas_between(root, data, capsys):
+    file = root / "teacher-folder-cifar-resnet8_s2-seed0/teacher.safetensors"
+    args = ["eval", str(file), "--data.root", str(data / "own"), "--data.std"]
+    figures = []
+    for words in (["0.5", "0.25", "0.2"], ["0.5,0.25,0.2"]):
+        assert main([*args, *words, "--data.mean", "0.5,0.5,0.5"]) == 0
+        figures.append(capsys.readouterr().out)
+    assert figures[0] == figures[1]
+    assert main([*args, "0.5", "x"]) == 2
+    assert "--data.std 0.5 x: expected three numbers" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_named(tmp_path, data, capsys):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(StorageError, match=r"out: a file, expected a folder"):
+        run(make_config(tmp_path, data / "own", "ce", out=str(tmp_path / "out")))
+
+
+def test_the_network_of_a_teacher_run_is_the_recipes_teacher():
+    with pytest.raises(UsageError, match=r"--student: expected --teacher\.name"):
+        parse_run("train-teacher", ["quickstart", "--student", "cifar:resnet8"])
