@@ -265,15 +265,16 @@ def test_row_10_control_draws_of_each_worker_show(tmp_path):
 def test_row_20_a_file_that_vanishes_ends_the_run_with_its_name(tmp_path, workers):
     files = write_folder(tmp_path / "pictures", train=16)
     config = on_pictures(tiny_config(tmp_path / "a"), tmp_path / "pictures", workers)
-    gone = tuple(str(file) for file in files[:9])
-    ended = in_child(train_with_workers, config, Vanish(3, paths=gone), folder=tmp_path)
+    gone = {str(file): file.read_bytes() for file in files[:9]}
+    fault = Vanish(3, paths=tuple(gone))
+    ended = in_child(train_with_workers, config, fault, folder=tmp_path)
     assert ended.code == 3, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("dfptkd: ")]
     assert any(file in line for file in gone)
     assert newest(tmp_path / "a") == 4
     assert main(["status", str(tmp_path / "a")]) == 3
-    for file in files[:9]:
-        file.write_bytes(files[9].read_bytes())
+    for file, content in gone.items():
+        Path(file).write_bytes(content)
     assert in_child(train_with_workers, config, folder=tmp_path).code == 0
 
 
