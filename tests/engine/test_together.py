@@ -107,7 +107,7 @@ def test_the_original_path_runs_once_for_a_batch_that_seeds_share(
 
     def counting(self, images):
         nonlocal count
-        count += 1
+        count += images.device.type != "meta"  # where it is found out what fits
         return forward(self, images)
 
     monkeypatch.setattr(Trunk, "forward", counting)
