@@ -250,8 +250,9 @@ def _parse_teacher_run(recipe: RunConfig, arm: str | None, args: list[str], prog
         (of_teacher if dotted(words[0]) in OF_TEACHER_RUN else others).extend(words)
     armed, typed_of_teacher = parse_options(armed, of_teacher, prog)
     config, typed = parse_options(teacher_run(armed), others, prog)
-    if "student" in typed:  # the record would name another teacher than it has
-        raise UsageError("train-teacher: --student: expected --teacher.name, the network it trains")
+    if "student" in typed:  # the record is to name the network that it has
+        teacher = dataclasses.replace(config.teacher, name=config.student)
+        config = dataclasses.replace(config, teacher=teacher)
     for name in typed_of_teacher:
         own = OF_TEACHER_RUN[name]
         if own in typed and value_of(config, own) != value_of(armed, name):

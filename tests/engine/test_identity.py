@@ -626,6 +626,6 @@ def test_a_file_in_the_place_of_the_output_folder_is_named(tmp_path, data, capsy
         run(make_config(tmp_path, data / "own", "ce", out=str(tmp_path / "out")))
 
 
-def test_the_network_of_a_teacher_run_is_the_recipes_teacher():
-    with pytest.raises(UsageError, match=r"--student: expected --teacher\.name"):
-        parse_run("train-teacher", ["quickstart", "--student", "cifar:resnet8"])
+def test_the_network_of_a_teacher_run_is_the_one_that_its_record_names():
+    config = parse_run("train-teacher", ["quickstart", "--student", "cifar:resnet8"])
+    assert config.student == config.teacher.name == "cifar:resnet8"
