@@ -39,10 +39,12 @@ def _check_statistics(
         )  # fmt: skip
 
 
-def _check_values(config: Any, prefix: str = "") -> None:
-    """What holds for every option, whatever it is for: numbers are finite, and texts could be the
-    path of a file, which most of them are. From Python a path may come as a Path, and several
-    values as a list: they are kept as the text and the tuple that a record holds."""
+def _clean_values(config: Any, prefix: str = "") -> None:
+    """Refuse numbers that are not finite and texts that no path can be, in every option.
+
+    From Python a path may come as a Path, and several values as a list: they are kept as the text
+    and the tuple that a record holds.
+    """
     for field_ in dataclasses.fields(config):
         value = getattr(config, field_.name)
         if isinstance(value, (os.PathLike, list)):
@@ -112,9 +114,9 @@ class DataConfig:
     workers: int = 2
     """Decoding processes, of DALI threads (image files only)."""
     loader: Literal["auto", "dali", "torchvision", "device", "synthetic"] = "auto"
-    """What decodes image files. device: images that each epoch cuts alike are decoded once and stay
-    there (small ones, and all test images); synthetic: none is, images are made up (what a run
-    would do if decoding cost nothing); auto: device for small images, else DALI where it is
+    """The decoder of image files. device: images that each epoch cuts alike are decoded once and
+    stay there (small ones, and all test images); synthetic: none is, images are made up (what a
+    run would do if decoding cost nothing); auto: device for small images, else DALI where it is
     installed, torchvision elsewhere."""
     quarantine: str | None = None
     """List of images that cannot be decoded, by verify-data; absent: the one in the data folder or
@@ -136,7 +138,7 @@ class DataConfig:
     in common share each batch and the frozen teacher's work on it."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "data.")
+        _clean_values(self, "data.")
         for name in ("limit", "train_limit"):
             value = getattr(self, name)
             _require(
@@ -205,7 +207,7 @@ class PromptConfig:
     """BatchNorm of the prompt path's backbone: auto = eval when frozen, train when fine-tuned."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "prompt.")
+        _clean_values(self, "prompt.")
         _require(self.r1 >= 1, "prompt.r1", self.r1, "an integer of at least 1")
         _require(0 < self.r2 <= 1, "prompt.r2", self.r2, "a share in (0, 1]")
         _require(
@@ -234,8 +236,8 @@ class TeacherConfig:
     `pretrained` for timm; absent: the train-teacher run under `out_root` that was trained to its
     end on these data, of several that of the most epochs, then the newest."""
     ema: EmaChoice = "auto"
-    """Of a file that holds an exponential moving average beside the raw weights, or has one beside
-    it: yes takes it; no takes the raw ones; auto the raw ones too, or an average that is alone."""
+    """Whether to take the exponential moving average (EMA) where a file holds one, or has one
+    beside it: yes the EMA; no the raw weights; auto the raw ones, or an EMA that is alone."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel by which its images are normalised, pixels in 0..1; absent: what its
     weights are known to want (timm, torchvision, a run of ours), else the data's."""
@@ -264,7 +266,7 @@ class TeacherConfig:
     """Train the teacher first where there is none, in place of an error (the quick start)."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "teacher.")
+        _clean_values(self, "teacher.")
         _require(self.epochs >= 1, "teacher.epochs", self.epochs, "an integer of at least 1")
         _require(self.lr > 0, "teacher.lr", self.lr, "a learning rate above 0")
         _require(self.global_batch >= 1, "teacher.global_batch", self.global_batch, "at least 1")
@@ -342,7 +344,7 @@ class LossConfig:
     """dfpt, dfpt_plus: alternating: even steps move the student, odd steps the prompt path."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "loss.")
+        _clean_values(self, "loss.")
         _require(self.tau > 0, "loss.tau", self.tau, "a temperature above 0")
         _require(
             0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "in [0, 1)"
@@ -431,7 +433,7 @@ class OptimConfig:
     written to student_ema.safetensors."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "optim.")
+        _clean_values(self, "optim.")
         _require(self.lr > 0, "optim.lr", self.lr, "a learning rate above 0")
         _require(
             self.lr_batch is None or self.lr_batch >= 1,
@@ -492,7 +494,7 @@ class StepConfig:
     """Seconds that a process waits for another in one exchange."""
 
     def __post_init__(self) -> None:
-        _check_values(self, "step.")
+        _clean_values(self, "step.")
         for name in ("max_skips", "max_skips_in_a_row", "max_rewinds"):
             _require(getattr(self, name) >= 0, f"step.{name}", getattr(self, name), "0 or more")
         _require(self.timeout > 0, "step.timeout", self.timeout, "seconds above 0")
@@ -569,7 +571,7 @@ class RunConfig:
     step: StepConfig = field(default_factory=StepConfig)
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        _clean_values(self)
         for name in (
             "epochs", "global_batch", "accumulate", "eval_batch", "eval_every", "checkpoint_every",
             "keep_checkpoints",

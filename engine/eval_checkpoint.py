@@ -42,7 +42,7 @@ class EvalResult:
     weights: str = ""
     """Which of the network: "EMA", or "raw" where the run has kept an EMA too; else empty."""
     notes: list[str] = field(default_factory=list)
-    """What must be known of the figure, a line each."""
+    """Reservations about the figure, a line each."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Trained:
     make: Callable[[int], nn.Module]
     """The network with its weights, for so many classes."""
     data: DataRecord
-    """What it was trained on."""
+    """The data set of its training."""
     config: DataConfig
     """That data set, as its training had it."""
     norm: Callable[[int], InputNorm | None]
-    """By what its images are normalised, for so many classes; None: as the data say."""
+    """Number of classes -> mean and std of its images; None: the data's."""
     top1: float | None
     weights: str = ""
     notes: list[str] = field(default_factory=list)
-    """What speaks against it, a line each."""
+    """Reservations about the weights, a line each."""
 
 
 def evaluate_checkpoint(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FORMATS = ("safetensors", "onnx")
 ONNX_TOLERANCE = 1e-4  # of the largest logit; convolutions sum in another order there
 FINISHED = (STUDENT_FILE, WEIGHTS_FILE)
-"""What a finished run has left: a student, or the teacher of train-teacher."""
+"""The weights file of a finished run: a student, or the teacher of train-teacher."""
 AVERAGES = tuple(ema_beside(Path(name)).name for name in FINISHED)
 STATE = "state.safetensors"
 
@@ -60,7 +60,7 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """Of the names of exported files."""
+        """The exported files' name without its ending."""
         return "student_ema" if self.is_ema else "student"
 
     @property
@@ -69,7 +69,7 @@ class Source:
 
     @property
     def norm(self) -> InputNorm:
-        """By what its images are normalised."""
+        """Mean and std of its images."""
         found = trained_norm(self.record.run)
         assert found is not None  # `read_source` has looked
         return found
@@ -332,7 +332,7 @@ def _difference_from_torch(
 
 
 def _row_of_step(record: RunRecord, step_folder: str) -> dict[str, float]:
-    """What was measured at the step of a checkpoint named `step-N`; empty: nothing was."""
+    """The row of metrics.csv at the step of a checkpoint named `step-N`; empty: there is none."""
     step = step_folder.rpartition("-")[2]
     rows = (row for row in record.metrics if step.isdigit() and row.get("step") == int(step))
     return next((row for row in rows if "test/student_top1" in row), {})

@@ -133,7 +133,7 @@ class Group:
         return (self.runs[0].run.get("cost") or {}).get(key)
 
     def overhead(self, key: str) -> str | None:
-        """What the prompt path adds to the teacher's `key` (params, macs) in percent, as text; the
+        """The prompt path's share of the teacher's `key` (params, macs) in percent, as text; the
         new head's share, which no option changes, also apart where the record has it."""
         whole, head = self.cost(f"{key}_overhead_percent"), self.cost(f"new_head_{key}")
         if whole is None:

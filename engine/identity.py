@@ -24,7 +24,7 @@ from .errors import DataError, DfptkdError
 from .files import read_json, read_metadata
 
 STUDENT_FILE, WEIGHTS_FILE = "student.safetensors", "teacher.safetensors"
-"""What a finished run leaves: of train, and of train-teacher."""
+"""The weights file of a finished run, of train and of train-teacher."""
 SHORT = 8  # digits of a hash that a line shows
 # What two runs of one folder must have in common. Not the number of test images: some may be
 # skipped as they are in quarantine, which the run says.
@@ -46,7 +46,7 @@ class DataRecord:
 
     name: str | None = None
     train_sha256: str | None = None
-    """Of all training images and their labels (`data.DataIdentity`), whatever part a run uses."""
+    """SHA-256 of all training images and labels (`data.DataIdentity`), whatever part a run uses."""
     test_sha256: str | None = None
     """The same of the test images."""
     num_classes: int | None = None
@@ -82,11 +82,11 @@ class DataRecord:
 
     @classmethod
     def from_record(cls, values: Any) -> DataRecord:
-        """What JSON data says of it; what is missing there, or makes no sense, is unknown."""
+        """The inverse of `record`; facts that are missing there, or make no sense, are unknown."""
         return cls(**_known(values, _DATA_KINDS))
 
     def record(self) -> dict[str, Any]:
-        """What is known of it, as JSON data."""
+        """The known facts as JSON data."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
             key: list(value) if isinstance(value, tuple) else value
@@ -111,7 +111,7 @@ class DataRecord:
         return self.differences(here, (name if both else "name",))
 
     def facts(self) -> dict[str, Any]:
-        """What is known of it, each fact short enough for a label."""
+        """The known facts, each short enough for a label."""
         found = self.record()
         for split in ("train", "test"):
             if (sha256 := found.pop(f"{split}_sha256", None)) is not None:
@@ -142,7 +142,7 @@ class NetworkRecord:
 
     model: str | None = None
     data: DataRecord = field(default_factory=DataRecord)
-    """What it was trained on."""
+    """The data set of its training."""
     epochs: float | None = None
     """Passes over these that it has had."""
     planned_epochs: int | None = None
@@ -152,7 +152,7 @@ class NetworkRecord:
     extended: str | None = None
     """How its training was made longer than planned at first."""
     state: str | None = None
-    """Of its run, where that is not finished."""
+    """State of its run, where that is not finished."""
 
     def unfinished(self) -> str | None:
         """Why its training is not at its end; None: it is, as far as is known."""
@@ -175,7 +175,7 @@ class NetworkRecord:
         return [complaint for complaint in found if complaint is not None]
 
     def record(self) -> dict[str, Any]:
-        """What is known of it, as JSON data; `metadata` has it as texts."""
+        """The known facts as JSON data; `metadata` has them as texts."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "data"}
         data = self.data.record()
         return {key: value for key, value in found.items() if value is not None} | (
@@ -215,7 +215,7 @@ def same_model(name: str, other: str) -> bool:
 
 
 def network_of(path: Path) -> NetworkRecord:
-    """What is known of a weights file: by its header, and by the run that has left it.
+    """The identity of a weights file, by its header and by the run that has left it.
 
     A file that says nothing, or cannot be read, is unknown.
     """

@@ -84,7 +84,7 @@ def check_sizes(config: RunConfig, data: ImageData, world: World) -> None:
 
 
 def demand_of(config: RunConfig, data: ImageData | DataFacts, world: World = SINGLE) -> Demand:
-    """What a run asks of its networks: the smallest parts of the batches that any process meets."""
+    """The demands of a run on its networks, with the smallest parts that any process meets."""
     if isinstance(data, DataFacts):
         train_images, test_images = data.train_images, data.test_images
         image_size = (data.image_size, data.image_size)

@@ -23,7 +23,7 @@ IMAGE_FILES = ("folder", "imagenet", "cub200", "tiny_imagenet", "webdataset")
 
 @dataclass(frozen=True)
 class Needs:
-    """What must hold for an option to have an effect."""
+    """A condition for an option to have an effect."""
 
     expected: str
     """For the refusal: "method kd"."""
@@ -34,7 +34,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Traits:
-    """What there is to know of an option."""
+    """The traits of one option."""
 
     may_change: bool
     """Between a checkpoint and the run that goes on from it."""
@@ -295,7 +295,7 @@ def check_table(cls: type, table: Iterable[str]) -> None:
 check_table(RunConfig, OPTIONS)
 
 MAY_CHANGE = frozenset(name for name, traits in OPTIONS.items() if traits.may_change)
-"""What may differ between a checkpoint and the run that goes on from it."""
+"""Options that may differ between a checkpoint and the run that goes on from it."""
 NOT_KNOWN_FROM_PAPER = tuple(name for name, traits in OPTIONS.items() if traits.is_our_reading)
 """Options whose value the paper's summary leaves open: each run record lists those it used."""
 OF_TEACHER_RUN = {name: traits.sets for name, traits in OPTIONS.items() if traits.sets is not None}

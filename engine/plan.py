@@ -133,9 +133,9 @@ class Plan:
     student_params: int
     teacher_params: int
     added_params: int
-    """Of prompt blocks, fusion blocks and the new head,"""
+    """Parameters of prompt blocks, fusion blocks and the new head."""
     new_head_params: int
-    """which is also counted apart."""
+    """Parameters of the new head alone."""
     trained_params: int
     step_flops: int
     memory: Memory

@@ -1,4 +1,4 @@
-"""What to say of a name that there is not."""
+"""Suggestions for a name that does not exist."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ SYNONYMS: dict[str, str | tuple[str, ...]] = {
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What to say after an unknown name: the one that is spelled most like it, or some of them."""
+    """The end of a message about an unknown name: the known one most like it, or some of them."""
     some = list(known)
     close = difflib.get_close_matches(name, some, n=1, cutoff=0.4)
     if close:
@@ -121,7 +121,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def option_suggestion(
     name: str, known: Collection[str], synonyms: Mapping[str, str | tuple[str, ...]] = SYNONYMS
 ) -> str:
-    """What to say after an unknown option: by what it is called elsewhere, then by its spelling.
+    """The end of a message about an unknown option: by its name elsewhere, then by its spelling.
 
     Args:
         name: As typed, with its dashes.

@@ -61,9 +61,9 @@ class TeacherChoice:
     said: list[str] = field(default_factory=list)
     """A line each: what was passed over, and what was taken in its place."""
     warnings: list[str] = field(default_factory=list)
-    """What is known against them, a line each."""
+    """Reservations about them, a line each."""
     trained: dict[str, Any] = field(default_factory=dict)
-    """What is known of their training, as `NetworkRecord.record` has it."""
+    """Their training, as `NetworkRecord.record` has it."""
 
 
 def find_teacher(
@@ -142,7 +142,7 @@ def names_file(weights: str) -> bool:
 
 
 def _complaints(config: RunConfig, data: DataRecord | None, known: NetworkRecord) -> list[str]:
-    """What speaks against a network that a run is to have as its teacher."""
+    """Reservations about a network that a run is to have as its teacher."""
     found = [] if data is None else known.complaints(data)
     planned = known.planned_epochs
     if not found and planned is not None and planned < config.teacher.epochs:

@@ -313,7 +313,7 @@ def norms_of(
     checkpoint: Checkpoint | None,
     warn: Callable[[str], None],
 ) -> InputNorms:
-    """By what the images of each network are normalised, from now on or as the run was begun.
+    """Mean and std of each network's images: new, or those that the run was begun with.
 
     Args:
         config: The run.
@@ -357,7 +357,7 @@ def choice_of_main(
 
 
 def expected_top1(config: RunConfig, data: ImageData) -> float | None:
-    """What the recipe counts on from its teacher; None: this is another one, or on other data."""
+    """The accuracy that a recipe expects of its teacher; None: of another, or on other data."""
     of = config.teacher.expected_of
     if of is not None and of != (config.teacher.name, data.name):
         return None
@@ -758,7 +758,7 @@ class Trainer:
         return self.images_per_second(steps, self.with_stretch().seconds - self.progress.seconds)
 
     def images_per_second(self, steps: int, seconds: float) -> float:
-        """Of so many steps in so many seconds of this run's own."""
+        """Images a second: so many steps in so many seconds of this run's own."""
         return steps * self.config.global_batch / max(seconds, 1e-9)
 
     def turns_of_others(self) -> Iterator[None]:
@@ -1290,7 +1290,7 @@ class Trainer:
 
 
 def prompt_path_line(cost: dict[str, Any]) -> str:
-    """What the prompt path adds to the teacher, the new head apart."""
+    """A line about the prompt path's size beside the teacher's, the new head apart."""
     parts = []
     for key, what in (("params", "parameters"), ("macs", "MACs")):
         head, whole = cost[f"new_head_{key}"], cost[f"added_{key}"]

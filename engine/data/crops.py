@@ -7,6 +7,7 @@ number of workers and number of ranks cuts alike.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,14 @@ _ONE_SIZE = 0.125  # by how much sides of about one size differ from the usual o
 _NEARLY_ALL = 0.95  # of the images: a stray one does not change how all are cut
 
 
-class Crops:
+class Crops(ABC):
     """A rule of cutting."""
 
     cut_first = False
     """True: crop, then resize the crop by itself (whole pixels). False: the box of an image that is
     resized as a whole, whose edges see the pixels beyond."""
 
+    @abstractmethod
     def boxes(self, samples: Tensor, sizes: Tensor, *, seed: int, epoch: int, side: int) -> Tensor:
         """Boxes in pixels of the source images.
 
@@ -46,7 +48,6 @@ class Crops:
         Returns:
             float64 [B, 4]: top, left, height, width.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class CropRule:
         return {"crops": self.kind, "side": side, "shift": self.shift, "flip": flip}
 
     def in_words(self, side: int, flip: bool) -> str:
-        """What is done to the images in training and in evaluation.
+        """The rule as a sentence: the cut in training, and in evaluation.
 
         Args:
             side: Of the squares that come out, in pixels.

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, UsageError
-from .crops import Crops
 from .header import plain_size
-from .image_files import ImageFiles
 from .source import Batch
 from .torchvision_loader import FileSplit, cut, decode_rgb
 
@@ -76,20 +75,15 @@ class _DecodeError(Exception):
 class DaliSplit(FileSplit):
     """A split whose images DALI decodes; on a CUDA device there."""
 
-    def __init__(
-        self,
-        files: ImageFiles,
-        crops: Crops,
-        side: int,
-        device: torch.device,
-        *,
-        flip: bool,
-        shift: int = 0,
-    ) -> None:
-        super().__init__(files, crops, side, device, flip=flip, shift=shift)
-        self.resize_in_dali = device.type == "cuda"
-        # Not in use: a stream borrows one, so that streams of several seeds may take turns.
-        self._idle: list[_Decoder] = []
+    @cached_property
+    def resize_in_dali(self) -> bool:
+        """Whether DALI also resizes, on the device; on a CPU torch does."""
+        return self.device.type == "cuda"
+
+    @cached_property
+    def _idle(self) -> list[_Decoder]:
+        """Decoders that are not in use: a stream borrows one, so that several seeds take turns."""
+        return []
 
     def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         """See `Split.batch`."""

@@ -208,7 +208,7 @@ def _has_dali() -> bool:
 
 
 def _decoder() -> str:
-    """What decodes images anew in every epoch, unless a user says so."""
+    """The loader that decodes images anew in every epoch, unless a user chooses."""
     return "dali" if _has_dali() else "torchvision"
 
 
@@ -227,7 +227,7 @@ def _who_takes_their_places(listed: Tensor, labels: Tensor, class_names: list[st
 
 @dataclass(frozen=True)
 class _Maker:
-    """What makes the splits of a run."""
+    """Makes the splits of a run."""
 
     config: DataConfig
     rule: CropRule

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ SUFFIXES = (
 )  # fmt: skip
 
 
-class ImageFiles:
+class ImageFiles(ABC):
     """One split of encoded images."""
 
     labels: Tensor
@@ -35,39 +36,39 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def name(self, sample: int) -> str:
         """Path below the data folder, as quarantine lists name it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def where(self, sample: int) -> str:
         """The same as a full path, for messages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, sample: int) -> bytes:
         """The encoded image.
 
         Raises:
             DataError: it is gone or cannot be read.
         """
-        raise NotImplementedError
 
     def among(self, names: Collection[str]) -> Tensor:
         """bool [N]: which samples have one of these names."""
         found = [self.name(sample) in names for sample in range(len(self))] if names else []
         return torch.tensor(found, dtype=torch.bool) if found else torch.zeros(len(self)).bool()
 
+    @abstractmethod
     def members(self) -> Iterator[tuple[str, str, int | None, int]]:
         """`name`, the file that holds it, its first byte there and its size, of each sample; None
         and 0: it is the whole file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, chosen: Tensor) -> ImageFiles:
         """The samples `chosen` (int64 [M]) alone, in that order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 of all names and labels: whether two runs speak of the same samples."""
-        raise NotImplementedError
 
 
 class FolderFiles(ImageFiles):
@@ -170,7 +171,7 @@ class FileSet:
     layout: str = ""
     """Where the images and their labels were found, in words."""
     passed_over: list[str] = field(default_factory=list)
-    """What lies there and is not read, a line a kind."""
+    """Files that are not read, counted, a line a kind."""
 
 
 class PassedOver:
@@ -238,7 +239,7 @@ def is_image_name(name: str) -> bool:
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted by name; what is hidden or a system's own is left out.
+    """The entries of a folder by name, without hidden ones and a system's own.
 
     Raises:
         DataError: It cannot be read.

@@ -23,7 +23,7 @@ LOOKED_AT = 256  # files of a split
 
 @dataclass(frozen=True)
 class Look:
-    """What a look has found."""
+    """The result of `look_into`."""
 
     content: str
     """SHA-256 of the labels and file names of all images, and of the bytes of those looked at."""

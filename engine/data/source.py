@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ class Batch:
         return Batch(images, labels, crop, flip, next(new))
 
 
-class Split:
+class Split(ABC):
     """One split of a data set; a source subclasses it."""
 
     labels: Tensor
@@ -116,6 +117,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def batch(self, indices: Tensor, *, seed: int, epoch: int, side: int | None = None) -> Batch:
         """The samples `indices` on the run's device, augmented if this is a training split.
 
@@ -125,7 +127,6 @@ class Split:
             epoch: epoch from 0; with `seed` and the sample number it fixes the augmentation.
             side: of the images, in pixels, where the split makes them to measure; None: its own.
         """
-        raise NotImplementedError
 
     def stream(
         self,
@@ -149,7 +150,7 @@ class Split:
         for indices in rows:
             yield self.batch(indices, seed=seed, epoch=epoch, side=side)
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027  most keep nothing
         """Give back what only the next `stream` would need."""
 
     def where(self, sample: int) -> str:
@@ -243,11 +244,11 @@ class DataIdentity:
     """
 
     classes: str
-    """Of the class names in the order of their numbers."""
+    """SHA-256 of the class names in the order of their numbers."""
     train: str
-    """Of the labels and images of the training split."""
+    """SHA-256 of the labels and images of the training split."""
     test: str
-    """Of the labels and images of the test split."""
+    """SHA-256 of the labels and images of the test split."""
 
 
 def digest_of_names(names: Iterable[str]) -> str:
@@ -288,7 +289,7 @@ class ImageData:
     notes: list[str] = field(default_factory=list)
     """What a user must be told of the data, one line each."""
     passed_over: list[str] = field(default_factory=list)
-    """What lies among the data and is not read, one line a kind."""
+    """Files among the data that are not read, counted, a line a kind."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     """How the images are cut, as JSON data; "in_words" says it to a user."""
     skipped_test: int = 0

@@ -71,7 +71,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a run makes of a folder."""
+    """A folder as a run reads it."""
 
     name: str
     """`--data.name` of a run that reads it."""

@@ -98,7 +98,7 @@ class TeacherCost:
         return 100 * self.added_macs / self.teacher_macs
 
     def record(self) -> dict[str, float]:
-        """As run.json has it, the new head among what is added and apart."""
+        """The entry "cost" of run.json: the new head among what is added, and apart."""
         teacher = {"teacher_params": self.teacher_params, "teacher_macs": self.teacher_macs}
         if not self.has_prompt_path:
             return teacher

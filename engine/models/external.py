@@ -83,7 +83,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...], str]
 
 
 def torchvision_statistics(architecture: str, weights: str, num_classes: int) -> Statistics | None:
-    """What torchvision says of its weights, also in a file that has the name of its download.
+    """Mean and std of torchvision's weights, also of a file that has the name of its download.
 
     Arguments as of `create_torchvision`. None: it says nothing.
     """
@@ -109,8 +109,8 @@ normalised as ImageNet's into what they were trained with; `create_torchvision` 
 
 
 def timm_statistics(architecture: str, weights: str, num_classes: int) -> Statistics | None:
-    """What timm's configuration says of a model's weights; of a file, where it has the classes of
-    those that timm has trained.
+    """Mean and std in timm's configuration of a model's weights; of a file, where it has as many
+    classes as those that timm has trained.
 
     Arguments as of `create_timm`. None: it says nothing.
     """

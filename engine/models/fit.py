@@ -31,7 +31,7 @@ MOST_REAL_IMAGES = 2  # one image is what many networks do not take in training 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks of its networks."""
+    """The demands of a run on its networks."""
 
     num_classes: int
     image_size: tuple[int, int]

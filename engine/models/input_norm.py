@@ -114,7 +114,7 @@ class InputNorms:
         teacher: InputNorm | None,
         has_teacher: bool,
     ) -> InputNorms:
-        """What is stated of the networks, and the data's own where nothing or nothing else is."""
+        """The stated statistics of each network, or else the data's own."""
         own = [data if n is None or n.equals(data) else n for n in (student, teacher)]
         return cls(data, own[0], own[1] if has_teacher else None)
 
@@ -130,7 +130,7 @@ class InputNorms:
         return {name: (norm.mean, norm.std) for name, norm in self.by_network.items()}
 
     def entry(self) -> Renormalise | None:
-        """What the teacher's images pass first; None where they are right as they come."""
+        """The module that the teacher's images pass first; None: they are right as they come."""
         if self.teacher is None or self.teacher.equals(self.student):
             return None
         return Renormalise(self.student, self.teacher)
@@ -156,14 +156,14 @@ class InputNorms:
 
 
 def given_norm(mean: Sequence[float] | None, std: Sequence[float] | None) -> InputNorm | None:
-    """What the options say; None: nothing."""
+    """The statistics that options give; None: they give none."""
     if mean is None or std is None:
         return None
     return InputNorm(tuple(mean), tuple(std), "--teacher.mean and --teacher.std")  # type: ignore[arg-type]
 
 
 def stated_norm(name: str, weights: str | None, num_classes: int) -> InputNorm | None:
-    """What is known of the statistics that a network's weights were trained with.
+    """The statistics that a network's weights were trained with, as far as they are stated.
 
     Args:
         name: Of the model, as of `create_model`.
@@ -189,7 +189,7 @@ def stated_norm(name: str, weights: str | None, num_classes: int) -> InputNorm |
 
 
 def trained_norm(run: dict[str, Any]) -> InputNorm | None:
-    """By what a run has normalised the images of the network that it trains.
+    """Mean and std by which a run has normalised the images of the network that it trains.
 
     `run`: a run.json; one that is older than this names the data's, and did so.
     """
@@ -201,7 +201,7 @@ def trained_norm(run: dict[str, Any]) -> InputNorm | None:
 
 
 def _of_file(path: Path) -> InputNorm | None:
-    """What a file of ours says of itself, or the record of the run that has left it there."""
+    """The statistics in a file's header, or in the record of the run that has left it there."""
     found = _of_header(path)
     beside = path.parent / "run.json"
     if found is None and path.name in _OWN_FILES and beside.is_file():

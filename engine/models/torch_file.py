@@ -1,4 +1,4 @@
-"""What `torch.save` wrote, read without executing anything of it."""
+"""Files of `torch.save`, read without executing anything in them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class _Network:
 
     table: Table
     prefix: str
-    """Of its names in the table, with the dot; it may be empty."""
+    """The prefix of its names in the table, with the dot; it may be empty."""
     tensors: dict[str, Tensor]
     """By the names behind the prefix."""
     is_average: bool

@@ -91,7 +91,7 @@ def test_M20_the_record_names_our_readings():
 
 # Nobody reads an option for its effect here: copies, JSON, and the table itself.
 _COPIES = ("dataclasses.py", "copy.py", "<string>", Path(options_module.__file__).name)
-_OWN = ("__post_init__", "_check_values", "of_any_method", "to_dict")
+_OWN = ("__post_init__", "_clean_values", "of_any_method", "to_dict")
 
 
 def _is_use(frame) -> bool:
