@@ -22,6 +22,11 @@ from .source import find_root
 _LAYOUT = "train-*.tar and val-*.tar (or test-*.tar) of <key>.jpg and <key>.cls"
 
 
+# Bytes of shards that one process indexes in a second or two: no reason to fork for, beside the
+# threads that a process of several runs may have.
+_SOON_READ = 2 << 30
+
+
 def find_webdataset(config: DataConfig) -> FileSet:
     """The images of the shards.
 
@@ -53,8 +58,12 @@ def _index(root: Path, split: str, passed: PassedOver) -> TarFiles:
         raise DataError(f"{root}: found no {split}-*.tar, expected {_LAYOUT}")
     places, names, labels = [], [], []
     paths = [root / shard for shard in shards]
-    with ProcessPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:  # 70 s alone, ImageNet
-        found = list(pool.map(_members, paths))
+    processes = min(len(paths), os.cpu_count() or 1)
+    if sum(path.stat().st_size for path in paths if path.is_file()) < _SOON_READ:
+        found = list(map(_members, paths))
+    else:
+        with ProcessPoolExecutor(processes) as pool:  # ImageNet alone: 70 s
+            found = list(pool.map(_members, paths))
     for number, (members, without) in enumerate(found):
         for name, start, size, label in members:
             places.append((number, start, size))

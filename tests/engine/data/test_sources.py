@@ -9,7 +9,13 @@ import torch
 from sample_images import encoded, picture, write_folder
 
 from dfptkd.engine.config import DataConfig
-from dfptkd.engine.data import load_data, steps_per_epoch, test_batches, train_batches
+from dfptkd.engine.data import (
+    load_data,
+    steps_per_epoch,
+    test_batches,
+    train_batches,
+    webdataset,
+)
 from dfptkd.engine.data.crops import CenterCrop, RandomResizedCrop, StretchedCrop, side_of_epoch
 from dfptkd.engine.errors import DataError, UsageError
 
@@ -156,7 +162,9 @@ def shard(path, members):
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_webdataset_gives_the_bytes_of_a_folder(tmp_path):
+@pytest.mark.parametrize("soon_read", [0, 1 << 30])  # in processes of their own, or here
+def test_webdataset_gives_the_bytes_of_a_folder(tmp_path, monkeypatch, soon_read):
+    monkeypatch.setattr(webdataset, "_SOON_READ", soon_read)
     paths = write_folder(tmp_path / "folder")
     for split in ("train", "val"):
         files = sorted((tmp_path / "folder" / split).glob("*/*.jpg"))
