@@ -91,8 +91,7 @@ def demand_of(config: RunConfig, data: ImageData | DataFacts, world: World = SIN
     else:
         train_images, test_images = len(data.train), len(data.test)
         image_size = data.image_size
-    share = max(min(config.global_batch, train_images) // world.size, 1)
-    part = _last(share, -(-share // config.accumulate))
+    _, part = part_sizes(config, min(config.global_batch, train_images), world)
     if config.step.sync_bn:  # BatchNorms see the images of all processes
         part *= world.size
     blocks = {max(n // world.size, 1) for n in (test_images, test_images + world.size - 1)}

@@ -260,6 +260,16 @@ def test_M30_says_whether_dfpt_is_above_kd(tmp_path, dfpt, holds):
     assert comparison.detail == f"{dfpt - 70:+.2f} ± 0.08 points, n = 3 and 3"
 
 
+def test_less_than_is_shown_is_no_difference(tmp_path):
+    """One image of 30,000."""
+    for seed in range(3):
+        make_run(tmp_path, "dfpt", seed, last=70.0)
+        make_run(tmp_path, "dfpt_plus", seed, last=70.0 - (seed == 0) / 100)
+    found = [c for c in compare_methods(groups_in(tmp_path)) if c.better.method == "dfpt_plus"]
+    assert [c.holds for c in found] == [True]
+    assert found[0].detail.startswith("+0.00 ")
+
+
 def test_images_normalised_otherwise_are_another_group(tmp_path):
     """Whoever said so; a run that is older than that did as the data says."""
     own = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
